@@ -1,0 +1,167 @@
+"""Likelihoods p(x|z): modules whose call returns a distribution over one datum."""
+
+from __future__ import annotations
+
+__all__ = ["Bernoulli", "Likelihood", "Normal"]
+
+import abc
+import math
+from typing import Protocol, runtime_checkable
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
+from typing_extensions import override
+
+
+@runtime_checkable
+class SetsBias(Protocol):
+    """A decoder whose output bias can be set."""
+
+    def set_bias(self, value: Tensor) -> None:
+        """Set the output's bias to `value`, of the output's shape."""
+
+
+class Likelihood(nn.Module, abc.ABC):
+    """The decoder's distribution p(x|z): ``likelihood(z, *context)`` is over x.
+
+    A new one needs a `forward`; batch shape is that of z without its last dimension,
+    event shape the natural shape of one datum.
+
+    Args:
+        decoder: Network from ``(..., latent)`` to ``(..., *outputs(shape))``.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.network = decoder
+
+    @classmethod
+    def outputs(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the decoder's output for data of shape `shape`."""
+        return shape
+
+    @abc.abstractmethod
+    def forward(self, z: Tensor, *context: Tensor) -> Distribution:
+        """Return p(x|z) for latents ``(..., latent)`` and whatever else each datum brings."""
+
+    def link(self, mean: Tensor) -> Tensor:
+        """Return the decoder's output at which p(x|z) has this `mean`; optional.
+
+        Raises:
+            TypeError: The class does not define it.
+        """
+        raise TypeError(f"{type(self).__name__} defines no `link` from a mean to its decoder")
+
+    def centre(self, mean: Tensor) -> None:
+        """Set the decoder's output bias so that p(x|z) starts near the data's `mean`.
+
+        Raises:
+            TypeError: The decoder has no ``set_bias``, or the likelihood no `link`.
+        """
+        if not isinstance(self.network, SetsBias):
+            raise TypeError(f"a {type(self.network).__name__} decoder has no method set_bias")
+        self.network.set_bias(self.link(mean))
+
+
+class Bernoulli(Likelihood):
+    """Binary data, ``p(x|z) = prod_d y_d(z)^x_d (1 - y_d(z))^(1 - x_d)``, y a sigmoid.
+
+    Equation 11 of Auto-Encoding Variational Bayes (Kingma & Welling, 2013).
+
+    Args:
+        decoder: Network from ``(..., latent)`` to logits ``(..., *shape)``.
+        greyscale: Accept any x in [0, 1]. The score is then minus a cross-entropy in nats
+            and no log-likelihood: for comparison with code that trains that way.
+
+    Example:
+        >>> likelihood = Bernoulli(nn.Linear(2, 6))
+        >>> likelihood(torch.zeros(5, 2)).sample().shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(self, decoder: nn.Module, *, greyscale: bool = False) -> None:
+        super().__init__(decoder)
+        self.greyscale = greyscale
+
+    @override
+    def forward(self, z: Tensor, *context: Tensor) -> Distribution:
+        logits = self.network(z, *context)
+        family = GreyscaleBernoulli if self.greyscale else dist.Bernoulli
+        return family(logits=logits).to_event(logits.dim() - z.dim() + 1)
+
+    @override
+    def link(self, mean: Tensor) -> Tensor:
+        return mean.clamp(1e-3, 1 - 1e-3).logit()
+
+
+class Normal(Likelihood):
+    """Real data, ``p(x|z) = N(x; m(z), scale^2)`` with independent elements.
+
+    A learned scale is ``floor + exp(log_scale)``, since a density without a floor is
+    unbounded as soon as one element of the data is constant.
+
+    Args:
+        decoder: Network from ``(..., latent)`` to ``(..., *shape)``, or with `per_element`
+            to ``(..., 2, *shape)``.
+        scale: Fixed scale in the data's units; learned, one for all, where it is left out.
+        per_element: Let the decoder give every element of every datum its scale, as in
+            equation 12 of Auto-Encoding Variational Bayes (Kingma & Welling, 2013).
+        bounded: Squash the mean into (0, 1) by a sigmoid, as there for Frey Face.
+        floor: Smallest learned scale.
+
+    Example:
+        >>> likelihood = Normal(nn.Linear(2, 6), scale=0.1)
+        >>> likelihood(torch.zeros(5, 2)).stddev.unique()
+        tensor([0.1000])
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        *,
+        scale: float | None = None,
+        per_element: bool = False,
+        bounded: bool = False,
+        floor: float = 0.01,
+    ) -> None:
+        super().__init__(decoder)
+        if scale is not None and per_element:
+            raise ValueError("Normal takes a fixed scale or per_element=True, not both")
+        if scale is not None and not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"the scale of a Normal must be positive and finite, not {scale}")
+        if not (floor > 0 and math.isfinite(floor)):
+            raise ValueError(f"the floor of a scale must be positive and finite, not {floor}")
+        self.scale, self.per_element = scale, per_element
+        self.bounded, self.floor = bounded, floor
+        if scale is None and not per_element:
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+    @override
+    @classmethod
+    def outputs(cls, shape: tuple[int, ...], *, per_element: bool = False) -> tuple[int, ...]:
+        return (2, *shape) if per_element else shape
+
+    @override
+    def forward(self, z: Tensor, *context: Tensor) -> Distribution:
+        output = self.network(z, *context)
+        if self.per_element:
+            loc, log_scale = output.unbind(z.dim() - 1)
+            scale = self.floor + log_scale.exp()
+        else:
+            loc = output
+            scale = self.floor + self.log_scale.exp() if self.scale is None else self.scale
+        loc = loc.sigmoid() if self.bounded else loc
+        return dist.Normal(loc, scale).to_event(loc.dim() - z.dim() + 1)
+
+    @override
+    def link(self, mean: Tensor) -> Tensor:
+        loc = mean.clamp(1e-3, 1 - 1e-3).logit() if self.bounded else mean
+        return torch.stack([loc, torch.zeros_like(loc)]) if self.per_element else loc
+
+
+class GreyscaleBernoulli(dist.Bernoulli):
+    """A Bernoulli that scores any x in [0, 1] by ``x log y + (1 - x) log(1 - y)``."""
+
+    support = constraints.unit_interval
