@@ -44,6 +44,7 @@ class Normal(Posterior):
         encoder: Network from ``(..., *shape)`` to ``(..., 2, latent)``: location, log scale.
 
     Example:
+        >>> import torch
         >>> posterior = Normal(nn.Unflatten(-1, (2, 3)))
         >>> posterior(torch.zeros(5, 6)).mean.shape
         torch.Size([5, 3])

@@ -7,7 +7,7 @@ __all__ = ["VAE", "as_pyro", "declare"]
 import copy
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -102,7 +102,7 @@ def declare(module: nn.Module) -> None:
             _param(parameter, name=name, constraint=constraints.real)
 
 
-def as_pyro(distribution: Distribution) -> Any:  # noqa: ANN401
+def as_pyro(distribution: Distribution) -> Any:
     """Return `distribution` as one of Pyro's, of the same class, so that KLs still dispatch.
 
     Pyro's distributions pass through; torch's and zuko's get Pyro's methods mixed in.
@@ -117,15 +117,15 @@ def as_pyro(distribution: Distribution) -> Any:  # noqa: ANN401
             f"a part of a VAE must return a distribution, not a {type(distribution).__name__}"
         )
     coerced = copy.copy(distribution)
-    coerced.__class__ = _mixed(type(distribution))
+    coerced.__class__ = _mixed(cast("Any", type(distribution)))
     return coerced
 
 
 @functools.cache
-def _mixed(family: Any) -> Any:  # noqa: ANN401
+def _mixed(family: Any) -> Any:
     """`family` with Pyro's methods, and what zuko's distributions leave out of torch's."""
 
-    class Mixed(family, TorchDistributionMixin):  # type: ignore[misc, valid-type]
+    class Mixed(family, TorchDistributionMixin):
         def __call__(self, sample_shape: Sequence[int] = ()) -> Tensor:
             if not hasattr(family, "rsample_and_log_prob"):
                 return TorchDistributionMixin.__call__(self, torch.Size(sample_shape))
@@ -138,7 +138,7 @@ def _mixed(family: Any) -> Any:  # noqa: ANN401
             drawn, score = self.__dict__.get("_drawn", (None, None))
             return score if drawn is value else super().log_prob(value)
 
-        def expand(self, batch_shape: Any, _instance: Any = None) -> Any:  # noqa: ANN401
+        def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
             return super().expand(torch.Size(batch_shape), _instance)
 
         @property

@@ -1,0 +1,336 @@
+"""Data by name or by path: what is embedded, downloaded, or lies in your own files.
+
+Example:
+    >>> digits = load("digits", view=dynamic)
+    >>> len(digits.train), digits.shape
+    (1437, (1, 8, 8))
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "SOURCES",
+    "Data",
+    "Source",
+    "Split",
+    "dynamic",
+    "folder",
+    "load",
+    "plain",
+    "split",
+    "threshold",
+]
+
+import difflib
+import hashlib
+import io
+import os
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision import datasets
+from tqdm import tqdm
+
+from pyro_vae.splits import Array, Data, Split, divide, dynamic, plain, split, threshold
+
+_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+
+
+def load(
+    source: str | Path,
+    *,
+    directory: str | Path | None = None,
+    download: bool = True,
+    **options: Any,
+) -> Data:
+    """Load a data set by name, or from a ``.npy``/``.npz`` file or a folder of images.
+
+    Official splits are kept. An ``.npz`` file holds ``x`` (or one array of any name) and
+    ``labels`` where there are any; or ``train``, with ``valid``/``validation`` and ``test``.
+    Images in subfolders are labelled by their subfolder.
+
+    Args:
+        source: A name in `SOURCES`, or a path.
+        directory: Folder that holds or receives the named sets; by default `folder`.
+        download: Whether to fetch what is not there.
+        options: How to divide it, as for `pyro_vae.splits.divide`.
+
+    Raises:
+        ValueError: An unknown name, a damaged file, values that cannot be used.
+        FileNotFoundError: A path that is not there.
+        ConnectionError: A download that failed.
+    """
+    where = Path(directory).expanduser() if directory else folder()
+    if str(source) in SOURCES:
+        parts = SOURCES[str(source)].read(where, download)
+        return divide(parts, **{"name": str(source), **options})
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise _missing(str(source))
+    parts = {"train": _images(path)} if path.is_dir() else _arrays(path)
+    return divide(parts, **{"name": path.stem, **options})
+
+
+def folder() -> Path:
+    """The data folder: the environment's ``PYRO_VAE_DATA``, else ``~/.cache/pyro_vae``."""
+    return Path(os.environ.get("PYRO_VAE_DATA") or Path.home() / ".cache" / "pyro_vae")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has a name.
+
+    Attributes:
+        about: What it holds.
+        files: Its files within the data folder; none where it is embedded.
+        read: From the data folder, and whether to download, to its official splits.
+    """
+
+    about: str
+    files: tuple[str, ...]
+    read: Callable[[Path, bool], dict[str, Split]]
+
+
+def _digits(where: Path, download: bool) -> dict[str, Split]:
+    from sklearn.datasets import load_digits  # half a second to import, for one of the sources
+
+    images, labels = load_digits(return_X_y=True)
+    x = torch.as_tensor(images / 16, dtype=torch.float32).unflatten(1, (1, 8, 8))
+    return {"train": Split(x, labels=torch.as_tensor(labels))}
+
+
+def _torchvision(family: type[datasets.MNIST], where: Path, download: bool) -> dict[str, Split]:
+    """MNIST or a set in its format, by torchvision, which checks and unpacks the archives."""
+    raw = where / family.__name__ / "raw"
+    try:
+        sets = [family(str(where), train=train, download=download) for train in (True, False)]
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError) as error:
+        files = ", ".join(name for name, _ in family.resources)
+        raise ConnectionError(
+            _undelivered(family.__name__, str(family.mirrors[0]), files, raw, error)
+        ) from error
+    except (ValueError, AssertionError, EOFError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"the files in {raw} are damaged; delete that folder and run again"
+        ) from error
+    train, test = (Split(each.data.unsqueeze(1), labels=each.targets) for each in sets)
+    return {"train": train, "test": test}
+
+
+_AMAT = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+_AMAT_SHA256 = {
+    "train": "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+    "valid": "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
+    "test": "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
+}
+
+
+def _binarized_mnist(where: Path, download: bool) -> dict[str, Split]:
+    path = where / "binarized_mnist.npz"
+    if not path.exists():
+        arrays = {}
+        for key, digest in _AMAT_SHA256.items():
+            name = f"binarized_mnist_{key}.amat"
+            text = np.frombuffer(_fetch(_AMAT + name, where / name, digest, download), np.uint8)
+            arrays[key] = (text[text > ord(" ")] - ord("0")).reshape(-1, 784)
+        _keep(path, arrays)
+    parts = _arrays(path)
+    return {key: part.map(lambda x: x.reshape(-1, 1, 28, 28)) for key, part in parts.items()}
+
+
+_FREY = "https://cs.nyu.edu/~roweis/data/frey_rawface.mat"
+_FREY_SHA256 = "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78"
+
+
+def _frey_face(where: Path, download: bool) -> dict[str, Split]:
+    path = where / "frey_face.npz"
+    if not path.exists():
+        from scipy.io import loadmat
+
+        raw = _fetch(_FREY, where / "frey_rawface.mat", None, download)
+        try:
+            images = np.ascontiguousarray(loadmat(io.BytesIO(raw))["ff"].T).astype(np.uint8)
+        except Exception as error:
+            raise ValueError(f"what {_FREY} sent is no MATLAB file; try again later") from error
+        if hashlib.sha256(images.tobytes()).hexdigest() != _FREY_SHA256:
+            raise ValueError(f"what {_FREY} sent are not the Frey Face pixels; try again later")
+        _keep(path, {"images": images.reshape(-1, 28, 20)})
+    return _arrays(path)
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source("1,797 handwritten digits, 8x8, embedded in scikit-learn", (), _digits),
+    "mnist": Source(
+        "70,000 handwritten digits, 28x28",
+        ("MNIST/raw",),
+        partial(_torchvision, datasets.MNIST),
+    ),
+    "fashion-mnist": Source(
+        "70,000 pieces of clothing, 28x28",
+        ("FashionMNIST/raw",),
+        partial(_torchvision, datasets.FashionMNIST),
+    ),
+    "kmnist": Source(
+        "70,000 cursive Japanese characters, 28x28",
+        ("KMNIST/raw",),
+        partial(_torchvision, datasets.KMNIST),
+    ),
+    "binarized-mnist": Source(
+        "70,000 digits in Larochelle's fixed binarisation, no labels",
+        ("binarized_mnist.npz",),
+        _binarized_mnist,
+    ),
+    "frey-face": Source(
+        "1,965 frames of a face, 28x20, in the order of the video",
+        ("frey_face.npz",),
+        _frey_face,
+    ),
+}
+
+
+def _missing(source: str) -> Exception:
+    if Path(source).suffix or os.sep in source:
+        return FileNotFoundError(f"there is no file or folder '{source}'; check the path")
+    near = difflib.get_close_matches(source.lower(), SOURCES, n=1)
+    hint = f"did you mean '{near[0]}'? There are" if near else "there are"
+    return ValueError(
+        f"unknown data set '{source}': {hint} {', '.join(SOURCES)}, or give a .npy or .npz "
+        f"file or a folder of images"
+    )
+
+
+def _arrays(path: Path) -> dict[str, Split]:
+    """The splits in a ``.npy`` or ``.npz`` file."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            arrays = {"x": loaded}
+        else:
+            with loaded:
+                arrays = dict(loaded)
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        objects = "Object arrays" in str(error)
+        fault = "holds Python objects, not numbers" if objects else "is damaged or no NumPy file"
+        raise ValueError(f"'{path}' {fault}; save it with numpy.save or numpy.savez") from error
+    if "train" in arrays:
+        names = {
+            "train": "train",
+            "validation": "validation",
+            "valid": "validation",
+            "test": "test",
+        }
+        return {
+            names[key]: Split(_channels(array, path), labels=_labels(arrays, f"{key}_labels"))
+            for key, array in arrays.items()
+            if key in names
+        }
+    found = [key for key in arrays if key != "labels"]
+    key = "x" if "x" in arrays else found[0] if len(found) == 1 else None
+    if key is None:
+        raise ValueError(
+            f"'{path}' holds the arrays {', '.join(arrays)}; name the data x, or "
+            f"train, validation and test"
+        )
+    return {"train": Split(_channels(arrays[key], path), labels=_labels(arrays, "labels"))}
+
+
+def _labels(arrays: dict[str, Array], key: str) -> torch.Tensor | None:
+    return torch.as_tensor(arrays[key].astype(np.int64)) if key in arrays else None
+
+
+def _channels(array: Array, path: Path) -> torch.Tensor:
+    """Images channel first: ``(N, H, W)`` gets one channel, ``(N, H, W, 3)`` is transposed."""
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"'{path}' holds values of type {array.dtype}, not numbers")
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)
+    tensor = torch.as_tensor(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
+    if tensor.dim() == 3:
+        return tensor.unsqueeze(1)
+    if tensor.dim() == 4 and tensor.shape[-1] in (1, 3) and tensor.shape[1] not in (1, 3):
+        return tensor.permute(0, 3, 1, 2).contiguous()
+    return tensor
+
+
+def _images(path: Path) -> Split:
+    """All images under a folder, in the order of their names."""
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
+    if not files:
+        raise ValueError(f"the folder '{path}' holds no images ({', '.join(sorted(_IMAGES))})")
+    first = _image(files[0])
+    x = torch.empty(len(files), *first.shape, dtype=torch.uint8)
+    for row, file in enumerate(files):
+        image = _image(file)
+        if image.shape != first.shape:
+            channels, height, width = image.shape
+            raise ValueError(
+                f"'{file}' has {channels} channels, {height}x{width} pixels and '{files[0]}' has "
+                f"{first.shape[0]} and {first.shape[1]}x{first.shape[2]}; make all images alike"
+            )
+        x[row] = image
+    classes = sorted({file.parent for file in files})
+    labels = [classes.index(file.parent) for file in files] if len(classes) > 1 else None
+    return Split(x, labels=None if labels is None else torch.tensor(labels))
+
+
+def _image(file: Path) -> torch.Tensor:
+    try:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            grey = image.mode in ("1", "L", "LA")
+            pixels = np.array(image.convert("L" if grey else "RGB"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"'{file}' unpacks to more pixels than is sane; remove it") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"'{file}' is damaged or no image; remove or replace it") from error
+    return torch.from_numpy(pixels[None] if grey else pixels.transpose(2, 0, 1))
+
+
+def _fetch(address: str, path: Path, digest: str | None, download: bool) -> bytes:
+    """The bytes of `path`, from `address` where it is not there, of the given SHA-256."""
+    try:
+        if path.exists():
+            raw = path.read_bytes()
+        elif not download:
+            raise FileNotFoundError(f"{path} is not there")
+        else:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                size = int(answer.headers.get("Content-Length") or 0)
+                with tqdm.wrapattr(answer, "read", total=size, desc=path.name) as stream:
+                    raw = b"".join(iter(partial(stream.read, 1 << 20), b""))
+    except OSError as error:
+        place, name = path.parent, path.name
+        raise ConnectionError(_undelivered(name, address, name, place, error)) from error
+    if digest and hashlib.sha256(raw).hexdigest() != digest:
+        origin = path if path.exists() else address
+        raise ValueError(
+            f"{origin} is not the published file (its SHA-256 differs); fetch it anew"
+        )
+    return raw
+
+
+def _undelivered(name: str, address: str, files: str, place: Path, error: Exception) -> str:
+    return (
+        f"{name} could not be had from {address} ({str(error).splitlines()[0]}); put {files} into "
+        f"{place} by hand, or use --data digits, which needs no download"
+    )
+
+
+def _keep(path: Path, arrays: dict[str, Array]) -> None:
+    """Write an ``.npz`` file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".part")
+    with partial_path.open("wb") as file:
+        np.savez_compressed(file, **cast("dict[str, Any]", arrays))
+    partial_path.replace(path)

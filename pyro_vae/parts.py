@@ -1,0 +1,233 @@
+"""Parts by name: from classes and their options to a VAE, in memory or in a file."""
+
+from __future__ import annotations
+
+__all__ = ["ACTIVATIONS", "INTERFACES", "Blueprint", "Part", "find"]
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae import likelihoods, posteriors, priors
+from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
+from pyro_vae.vae import VAE
+
+INTERFACES: dict[str, type] = {
+    "prior": priors.Prior,
+    "likelihood": likelihoods.Likelihood,
+    "posterior": posteriors.Posterior,
+}
+ACTIVATIONS = ("ELU", "GELU", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A class by its name within the package, or by its import path, and its options.
+
+    Attributes:
+        name: ``Normal``, or ``my_file.MyPrior``.
+        options: Arguments of its constructor, plain values.
+    """
+
+    name: str = "Normal"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All it takes to build a VAE: the shape of its data, its networks and its three parts.
+
+    A constructor gets, by parameter name, what it asks of ``latent``, ``shape``,
+    ``encoder``, ``decoder``, ``posterior`` and ``data``, the training values; the rest
+    comes from the part's options.
+
+    Attributes:
+        shape: Shape of one datum.
+        latent: Size of z.
+        hidden: Widths of the encoder's hidden layers; the decoder has them reversed.
+        channels: Channels of a convolutional pair, in the encoder's order; empty for MLPs.
+        activation: Name of the module between layers, one of `ACTIVATIONS`.
+        context: Number of context features that the networks take.
+        rows: Number of training data.
+        prior: The prior.
+        likelihood: The likelihood.
+        posterior: The posterior.
+
+    Example:
+        >>> vae = Blueprint(shape=(1, 8, 8), latent=2).build()
+        >>> vae.sample(3).shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    shape: tuple[int, ...]
+    latent: int = 20
+    hidden: Sequence[int] = (400,)
+    channels: Sequence[int] = ()
+    activation: str = "ReLU"
+    context: int = 0
+    rows: int = 1
+    prior: Part = Part()
+    likelihood: Part = Part("Bernoulli")
+    posterior: Part = Part()
+
+    def build(self, data: Tensor | None = None, *, allow: Collection[str] | None = None) -> VAE:
+        """Build the VAE, its weights drawn anew.
+
+        Args:
+            data: Training values ``(N, *shape)``; zeros where they are left out, for a
+                model whose weights come from a file.
+            allow: Modules outside this package whose classes may be used; any by default.
+
+        Raises:
+            ValueError: An unknown class, an option that it does not take, a value that
+                does not fit.
+            TypeError: A class of another kind, or one that asks for what there is not.
+            PermissionError: A class from a module that is not allowed.
+        """
+        if self.latent < 1:
+            raise ValueError(f"a latent vector has at least 1 dimension, not {self.latent}")
+        if any(width < 1 for width in (*self.hidden, *self.channels)):
+            raise ValueError("a layer is at least 1 wide; check the hidden widths and channels")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"unknown activation '{self.activation}': there are {', '.join(ACTIVATIONS)}"
+            )
+        parts = {key: getattr(self, key) for key in INTERFACES}
+        classes = {key: find(part.name, key, allow=allow) for key, part in parts.items()}
+        at_hand: dict[str, Callable[[], Any]] = {
+            "latent": lambda: self.latent,
+            "shape": lambda: self.shape,
+            "data": lambda: (
+                torch.zeros(()).expand(self.rows, *self.shape) if data is None else data
+            ),
+            "encoder": cache(
+                lambda: self._encoder(_outputs(classes["posterior"], self.latent, self.posterior))
+            ),
+            "decoder": cache(
+                lambda: self._decoder(_outputs(classes["likelihood"], self.shape, self.likelihood))
+            ),
+        }
+        posterior = _construct(classes["posterior"], self.posterior, at_hand)
+        at_hand["posterior"] = lambda: posterior
+        prior = _construct(classes["prior"], self.prior, at_hand)
+        return VAE(prior, _construct(classes["likelihood"], self.likelihood, at_hand), posterior)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the blueprint as plain values, for a JSON file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Blueprint:
+        """Return the blueprint that `plain` wrote.
+
+        Raises:
+            ValueError: The values are not those of a blueprint.
+        """
+        try:
+            parts = {key: Part(**values[key]) for key in INTERFACES}
+            return cls(**{**values, **parts, "shape": tuple(values["shape"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"this is no description of a VAE: {error}") from error
+
+    def _encoder(self, output: tuple[int, ...]) -> nn.Module:
+        options: dict[str, Any] = {"context": self.context, "activation": self._activation}
+        if not self.channels:
+            return MLP(self.shape, self.hidden, output, **options)
+        width = self.hidden[-1] if self.hidden else 256
+        return ConvEncoder(self.shape, self.channels, output, hidden=width, **options)
+
+    def _decoder(self, output: tuple[int, ...]) -> nn.Module:
+        options: dict[str, Any] = {"context": self.context, "activation": self._activation}
+        if not self.channels:
+            return MLP(self.latent, self.hidden[::-1], output, **options)
+        width = self.hidden[-1] if self.hidden else 256
+        return ConvDecoder(self.latent, self.channels[::-1], output, hidden=width, **options)
+
+    @property
+    def _activation(self) -> Callable[[], nn.Module]:
+        activation: Callable[[], nn.Module] = getattr(nn, self.activation)
+        return activation
+
+
+def find(name: str, kind: str, *, allow: Collection[str] | None = None) -> type:
+    """Return the prior, likelihood or posterior class of that name or import path.
+
+    Args:
+        name: ``Normal``, ``pyro_vae.priors.Normal`` or ``my_file.MyPrior``.
+        kind: A key of `INTERFACES`.
+        allow: Modules outside this package that may be imported; any by default.
+
+    Raises:
+        ValueError: There is no such class or module.
+        TypeError: It is of another kind.
+        PermissionError: Its module is not allowed; nothing was imported.
+    """
+    interface = INTERFACES[kind]
+    home = inspect.getmodule(interface)
+    module, _, last = name.rpartition(".")
+    if not module or module == interface.__module__:
+        found = getattr(home, last, None)
+        if not (inspect.isclass(found) and issubclass(found, interface) and found != interface):
+            raise ValueError(_unknown(last, kind))
+    else:
+        if allow is not None and module not in allow:
+            raise PermissionError(
+                f"{kind} '{name}' lies outside this package and may run any code: if you trust "
+                f"it, allow its module by `--allow {module}`, in Python by allow=['{module}']"
+            )
+        try:
+            found = getattr(importlib.import_module(module), last)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{kind} '{name}' cannot be imported: {error}") from error
+    if not (inspect.isclass(found) and issubclass(found, interface)):
+        raise TypeError(
+            f"'{name}' is no {kind}: it must be a subclass of "
+            f"{interface.__module__}.{interface.__name__}"
+        )
+    return found
+
+
+def _unknown(name: str, kind: str) -> str:
+    home = inspect.getmodule(INTERFACES[kind])
+    names = [each for each in getattr(home, "__all__", ()) if each != INTERFACES[kind].__name__]
+    near = {each.lower(): each for each in names}
+    match = difflib.get_close_matches(name.lower(), near, n=1)
+    hint = f"did you mean '{near[match[0]]}'? There are" if match else "there are"
+    return (
+        f"unknown {kind} '{name}': {hint} {', '.join(names)}, or give the import path of your "
+        f"own class, as in my_file.MyClass"
+    )
+
+
+def _outputs(part: Any, size: Any, options: Part) -> tuple[int, ...]:
+    """The shape of a network's output, as the class says, given those options it reads."""
+    known = inspect.signature(part.outputs).parameters
+    chosen = {key: value for key, value in options.options.items() if key in known}
+    shape: tuple[int, ...] = part.outputs(size, **chosen)
+    return shape
+
+
+def _construct(part: type, options: Part, at_hand: Mapping[str, Callable[[], Any]]) -> Any:
+    parameters = inspect.signature(part).parameters
+    free = {key: value for key, value in parameters.items() if key not in at_hand}
+    for key in options.options:
+        if key not in free:
+            takes = f"it takes {', '.join(free)}" if free else "it takes none"
+            raise ValueError(f"{options.name} takes no option '{key}'; {takes}")
+    missing = [key for key, value in free.items() if value.default is value.empty]
+    missing = [key for key in missing if key not in options.options]
+    if missing:
+        raise TypeError(
+            f"{options.name} needs {', '.join(missing)}: give it as an option; what it gets by "
+            f"name are {', '.join(at_hand)}"
+        )
+    given = {key: value() for key, value in at_hand.items() if key in parameters}
+    return part(**given, **options.options)

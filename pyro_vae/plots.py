@@ -1,0 +1,144 @@
+"""Pictures: arrays in, matplotlib figures out; nothing is computed here."""
+
+from __future__ import annotations
+
+__all__ = ["curves", "grid", "manifold", "save", "strip"]
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyro_vae.checkpoints import write
+
+Array = npt.NDArray[Any]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure to a PNG file, whole or not at all, and return its path."""
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    write(path, content.getvalue())
+    return path
+
+
+def curves(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw training curves: the loss and the bound, and the two halves of the bound.
+
+    Args:
+        rows: Metrics of each epoch, as `pyro_vae.training.fit` returns them.
+    """
+    figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    samples = [row["samples"] for row in rows]
+    mark = "o" if len(rows) == 1 else ""
+    left.plot(samples, [-row["loss"] for row in rows], mark + "-", label="training objective")
+    if "elbo" in rows[0]:
+        left.plot(samples, [row["elbo"] for row in rows], mark + "-", label="validation ELBO")
+        right.plot(samples, [-row["reconstruction"] for row in rows], mark + "-", color="C2")
+        right.set_ylabel("minus reconstruction, nats", color="C2")
+        twin = right.twinx()
+        twin.plot(samples, [row["kl"] for row in rows], mark + "-", color="C3")
+        twin.set_ylabel("KL, nats", color="C3")
+        right.set_title("halves of the validation bound")
+    else:
+        right.set_axis_off()
+    left.set_ylim(bottom=_floor([row.get("elbo", -row["loss"]) for row in rows]))
+    left.set_ylabel("nats per datum")
+    left.set_title("evidence lower bound")
+    left.legend()
+    for axes in (left, right):
+        axes.set_xlabel("training samples seen")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def grid(x: Tensor, columns: int | None = None) -> Figure:
+    """Draw data ``(N, *shape)`` as tiles, row by row; vectors as rows of a heat map.
+
+    Args:
+        x: Images ``(N, 1 or 3, H, W)`` with values in [0, 1], or vectors.
+        columns: Tiles in a row; a square by default.
+    """
+    if not _are_images(x):
+        return _heat_map(x)
+    columns = columns or math.ceil(math.sqrt(len(x)))
+    return _drawn(_tiled(x, columns))
+
+
+def strip(rows: Mapping[str, Tensor]) -> Figure:
+    """Draw rows of tiles under each other, each with its name, images of equal number."""
+    first = next(iter(rows.values()))
+    if not _are_images(first):
+        figure = Figure(figsize=(7, 1 + 2 * len(rows)), dpi=120, layout="constrained")
+        for axes, (name, x) in zip(np.atleast_1d(figure.subplots(len(rows))), rows.items()):
+            axes.imshow(x.flatten(1).numpy(force=True), aspect="auto", interpolation="nearest")
+            axes.set_ylabel(name)
+        return figure
+    tiles = [_tiled(x, len(x)) for x in rows.values()]
+    height, width = tiles[0].shape[:2]
+    tall = 9 * height / width
+    figure = Figure(figsize=(10.4, tall * len(rows) + 0.1), dpi=120, layout="constrained")
+    for axes, name, tile in zip(np.atleast_1d(figure.subplots(len(rows))), rows, tiles):
+        axes.imshow(tile, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+    return figure
+
+
+def manifold(x: Tensor, side: int) -> Figure:
+    """Draw a square of decoded images, `side` in a row, without space between them."""
+    return _drawn(_tiled(x, side, gap=0)) if _are_images(x) else _heat_map(x)
+
+
+def _are_images(x: Tensor) -> bool:
+    return x.dim() == 4 and x.shape[1] in (1, 3)
+
+
+def _tiled(x: Tensor, columns: int, gap: int = 1) -> Array:
+    """One image ``(H, W)`` or ``(H, W, 3)`` of all tiles, white between them."""
+    images = x.numpy(force=True).clip(0, 1)
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    canvas = np.ones((channels, rows * (height + gap) - gap, columns * (width + gap) - gap))
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        canvas[:, top : top + height, left : left + width] = image
+    return canvas[0] if channels == 1 else canvas.transpose(1, 2, 0)
+
+
+def _drawn(canvas: Array) -> Figure:
+    height, width = canvas.shape[:2]
+    longest = max(height, width)
+    figure = Figure(figsize=(6.4 * width / longest, 6.4 * height / longest), dpi=120)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+    return figure
+
+
+def _heat_map(x: Tensor) -> Figure:
+    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(x.flatten(1).numpy(force=True), aspect="auto", interpolation="nearest")
+    axes.set_xlabel("element")
+    axes.set_ylabel("datum")
+    figure.colorbar(drawn)
+    return figure
+
+
+def _floor(values: Sequence[float]) -> float | None:
+    """Where to cut the axis, so that the first epochs do not flatten the rest."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    if len(finite) < 5:
+        return None
+    low, high = finite[len(finite) // 10], finite[-1]
+    return low - 0.5 * (high - low)

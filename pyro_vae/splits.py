@@ -1,0 +1,310 @@
+"""Splits: tensors in three parts, cut into batches, and the views that say what is scored.
+
+A split keeps its rows as they are stored, bytes for pixels, and turns each batch into
+what is scored by its *view*: `plain` values, a fixed `threshold`, or the `dynamic`
+binarisation that draws every pixel anew each time it is seen.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Data", "Split", "divide", "dynamic", "plain", "split", "threshold"]
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+View = Callable[[Tensor, torch.Generator | None], Tensor]
+Array = npt.NDArray[Any]
+
+
+def plain(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return the values as they are, pixels as grey levels in [0, 1]."""
+    return values
+
+
+def threshold(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Binarise values in [0, 1]: 1 above one half, else 0."""
+    return (values > 0.5).to(values.dtype)
+
+
+def dynamic(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Binarise values in [0, 1]: draw each anew as 1 with its own probability.
+
+    The protocol of Burda et al. (2016), Importance Weighted Autoencoders, section 5.1.
+    """
+    return torch.bernoulli(values, generator=generator)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of data: x as stored, with the context and the label of each row.
+
+    Attributes:
+        x: Values ``(N, *shape)`` as stored, bytes where the source has bytes.
+        context: Whatever else a datum brings to model and guide, tensors of N rows.
+        labels: Classes ``(N,)``, which colour pictures and train nothing.
+        top: The stored value that counts as 1, 255 for bytes of an image.
+        view: From values, divided by `top`, to what is scored.
+    """
+
+    x: Tensor
+    context: tuple[Tensor, ...] = ()
+    labels: Tensor | None = None
+    top: float = 1.0
+    view: View = plain
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: slice | Tensor) -> Split:
+        return self.map(lambda tensor: tensor[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Split:
+        """Apply `function` to every tensor of the split."""
+        return dataclasses.replace(
+            self,
+            x=function(self.x),
+            context=tuple(function(c) for c in self.context),
+            labels=None if self.labels is None else function(self.labels),
+        )
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return the split on another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def mean(self) -> Tensor:
+        """Mean of the values over the rows, of shape `shape`; binarisation keeps it."""
+        total = torch.stack([part.double().sum(0) for part in self.x.split(8192)]).sum(0)
+        return (total / (self.top * len(self))).float()
+
+    def batch(self, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """Return all rows as one batch ``(x, *context)`` of scored values."""
+        dtype = self.x.dtype if self.x.is_floating_point() else torch.get_default_dtype()
+        return self.view(self.x.to(dtype) / self.top, generator), *self.context
+
+    def batches(
+        self, size: int, generator: torch.Generator, *, shuffle: bool = False
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Cut the split into batches ``(x, *context)``, the last one smaller where need be.
+
+        Args:
+            size: Rows in a batch.
+            generator: Source of the order and of dynamic binarisation, on the split's device.
+            shuffle: Whether to draw a new order.
+        """
+        device = self.x.device
+        order = torch.randperm(len(self), generator=generator, device=device) if shuffle else None
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            yield self[rows if order is None else order[rows]].batch(generator)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set in three splits, of which validation and test may be empty.
+
+    Attributes:
+        train: What is trained on.
+        validation: What early stopping and the choice of weights look at.
+        test: What neither has seen.
+        name: For titles and folder names.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    name: str = "data"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one datum."""
+        return tuple(self.train.x.shape[1:])
+
+    @property
+    def splits(self) -> tuple[Split, Split, Split]:
+        """Train, validation and test."""
+        return self.train, self.validation, self.test
+
+    def map(self, function: Callable[[Split], Split]) -> Data:
+        """Apply `function` to every split."""
+        train, validation, test = (function(part) for part in self.splits)
+        return Data(train, validation, test, self.name)
+
+    def viewed(self, view: View) -> Data:
+        """Return the same data under another view.
+
+        Raises:
+            ValueError: A binarisation of values outside [0, 1].
+        """
+        x, top = self.train.x, self.train.top
+        if view is not plain and (x.min() < 0 or x.max() > top):
+            raise ValueError(
+                f"{getattr(view, '__name__', 'this')} binarisation needs values between 0 and 1 "
+                f"and '{self.name}' has {x.min() / top:g} to {x.max() / top:g}; give `top`, the "
+                f"stored value that counts as 1 (255 for pixels), or a likelihood for such values"
+            )
+        return self.map(lambda part: dataclasses.replace(part, view=view))
+
+    def conditioned(self) -> Data:
+        """Return the same data with one-hot labels as context, for a conditional VAE.
+
+        Raises:
+            ValueError: There are no labels.
+        """
+        if self.train.labels is None:
+            raise ValueError(f"'{self.name}' has no labels to condition on")
+        labels = [part.labels for part in self.splits if part.labels is not None and len(part)]
+        classes = 1 + max(int(part.max()) for part in labels)
+
+        def condition(part: Split) -> Split:
+            assert part.labels is not None
+            code = torch.nn.functional.one_hot(part.labels.long(), classes).float()
+            return dataclasses.replace(part, context=(*part.context, code))
+
+        return self.map(condition)
+
+
+def split(
+    x: Tensor | Array | Dataset[Any],
+    *context: Tensor | Array,
+    labels: Tensor | Array | None = None,
+    **options: Any,
+) -> Data:
+    """Split arrays, tensors or a torch `Dataset` into train, validation and test.
+
+    Args:
+        x: Data ``(N, *shape)``, or a map-style `Dataset` whose items are x, or a tuple
+            ``(x, label)`` with an integer label, or ``(x, *context)``.
+        context: Whatever else a datum brings, arrays ``(N, features)``.
+        labels: Integer classes ``(N,)``.
+        options: How, as for `divide`.
+
+    Raises:
+        ValueError: As for `divide`.
+
+    Example:
+        >>> data = split(torch.rand(100, 1, 8, 8), view=dynamic)
+        >>> [len(part) for part in data.splits]
+        [80, 10, 10]
+    """
+    if isinstance(x, Dataset):
+        x, context, labels = _stack(x)
+    rows = Split(
+        torch.as_tensor(x),
+        tuple(torch.as_tensor(c).float() for c in context),
+        None if labels is None else torch.as_tensor(labels),
+    )
+    return divide({"train": rows}, **options)
+
+
+def divide(
+    parts: Mapping[str, Split],
+    *,
+    name: str = "data",
+    top: float | None = None,
+    view: View = plain,
+    validation: float = 0.1,
+    test: float = 0.1,
+    ordered: bool = False,
+    seed: int = 0,
+) -> Data:
+    """Take the validation and the test split that `parts` lacks out of its ``train``.
+
+    Args:
+        parts: Rows under ``train`` and, where there are official splits, ``validation``
+            and ``test``.
+        name: Name of the data set.
+        top: The stored value that counts as 1; by default 255 for bytes (1 if they are all
+            0 or 1) and 1 for other types.
+        view: `plain`, `threshold` or `dynamic`.
+        validation: Fraction of the given ``train`` for validation, 0 for none.
+        test: Likewise for the test.
+        ordered: Take them from the end, as a sequence of frames needs, and not at random.
+        seed: Seed of the random choice.
+
+    Raises:
+        ValueError: No rows or too few, unequal numbers of rows, values that are not numbers
+            or not finite, fractions that leave nothing, binarisation outside [0, 1].
+    """
+    for fraction in (validation, test):
+        if not 0 <= fraction < 1:
+            raise ValueError(f"a split's fraction lies between 0 and 1, not at {fraction}")
+    if top is not None and not top > 0:
+        raise ValueError(f"`top`, the stored value that counts as 1, is positive, not {top}")
+    parts = {key: _checked(part, name) for key, part in parts.items()}
+    scale = _top(parts["train"]) if top is None else top
+    parts = {key: dataclasses.replace(part, top=scale) for key, part in parts.items()}
+    train = parts["train"]
+    order = torch.arange(len(train))
+    if not ordered:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    for key, fraction in (("test", test), ("validation", validation)):
+        if key not in parts:
+            count = max(round(fraction * len(train)), 1) if fraction else 0
+            order, taken = order[: len(order) - count], order[len(order) - count :]
+            parts[key] = train[taken.sort().values]
+    if not len(order):
+        raise ValueError(
+            f"'{name}' has {len(train)} sample{'s' * (len(train) > 1)}, too few to train on "
+            f"with a validation share of {validation} and a test share of {test}"
+        )
+    kept = train if len(order) == len(train) else train[order.sort().values]
+    return Data(kept, parts["validation"], parts["test"], name).viewed(view)
+
+
+def _checked(part: Split, name: str) -> Split:
+    """`part` as numbers of a width worth keeping, all finite, one row for each datum."""
+    x = part.x
+    if x.dim() < 2 or not len(x) or not x[0].numel():
+        raise ValueError(f"'{name}' of shape {tuple(x.shape)} holds no rows of data")
+    if x.is_complex():
+        raise ValueError(f"'{name}' holds complex numbers; give real ones")
+    for values in (x, *part.context):
+        if values.is_floating_point() and not (finite := values.isfinite()).all():
+            row = int((~finite).flatten(1).any(1).nonzero()[0])
+            raise ValueError(
+                f"'{name}' has {int((~finite).sum())} NaN or infinite values, the first in row "
+                f"{row}; remove or fill them"
+            )
+    for other in (*part.context, *(() if part.labels is None else (part.labels,))):
+        if len(other) != len(x):
+            raise ValueError(f"'{name}' has {len(x)} rows of data and {len(other)} of its labels")
+    x = x.byte() if x.dtype == torch.bool else x.float() if x.is_floating_point() else x
+    return dataclasses.replace(part, x=x)
+
+
+def _top(part: Split) -> float:
+    return 255.0 if part.x.dtype == torch.uint8 and int(part.x.max()) > 1 else 1.0
+
+
+def _stack(dataset: Dataset[Any]) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """All items of a map-style data set, as x, context and labels."""
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        raise ValueError("a torch Dataset must have a length above 0 to be read into memory")
+    items = [dataset[i] for i in range(len(dataset))]
+    columns = list(zip(*items, strict=True)) if isinstance(items[0], tuple) else [tuple(items)]
+    x, *others = (torch.stack([_tensor(value) for value in column]) for column in columns)
+    if len(others) == 1 and others[0].dim() == 1 and not others[0].is_floating_point():
+        return x, (), others[0]
+    return (
+        x,
+        tuple(other.flatten(1) if other.dim() > 1 else other[:, None] for other in others),
+        None,
+    )
+
+
+def _tensor(value: Any) -> Tensor:
+    """One field of an item: a tensor, an array, a number or an image (as bytes, channel first)."""
+    if isinstance(value, Tensor):
+        return value
+    array = np.asarray(value)
+    if hasattr(value, "getbands"):
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.as_tensor(array)

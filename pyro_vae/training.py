@@ -1,0 +1,261 @@
+"""Training: one loop from data to metrics, for any model/guide pair."""
+
+from __future__ import annotations
+
+__all__ = ["fit"]
+
+import contextlib
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.elbo import ELBO
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from pyro_vae import checkpoints
+from pyro_vae.evaluation import bound
+from pyro_vae.objectives import BetaELBO
+from pyro_vae.splits import Data, Split
+from pyro_vae.testing import check_pair, unvalidated
+
+Metrics = dict[str, float]
+ADAM = partial(torch.optim.Adam, lr=1e-3)
+
+
+def fit(
+    pair: Any,
+    data: Data,
+    *,
+    objective: ELBO | None = None,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = ADAM,
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    epochs: int = 100,
+    batch_size: int = 128,
+    warmup: float = 0.1,
+    clip: float = math.inf,
+    patience: int | None = None,
+    seed: int = 0,
+    run: str | Path | None = None,
+    progress: bool = True,
+) -> list[Metrics]:
+    """Train a pair by stochastic variational inference, and return the metrics of each epoch.
+
+    Each step ascends the objective summed over its batch, so clipping and the step sizes of
+    plain SGD depend on the batch size. After the last epoch the pair has its best weights
+    by the bound on the validation split, or its last ones where that split is empty.
+
+    Every row of the metrics has ``epoch``, ``samples`` (training data seen), ``loss`` (what
+    was optimised, per datum), ``weight`` (of the KL at the epoch's end), ``learning_rate``,
+    ``images_per_second`` and, in nats per datum on the validation split at weight 1,
+    ``elbo`` with its halves ``reconstruction`` and ``kl`` and the ``standard_error`` of its
+    mean.
+
+    Args:
+        pair: An `nn.Module` with methods ``model`` and ``guide``, such as a `VAE`.
+        data: Its splits are moved whole to the pair's device.
+        objective: A member of Pyro's ELBO family; `pyro.infer.Trace_ELBO` by default.
+        optimizer: From parameters to a torch optimiser.
+        schedule: From the optimiser to its learning-rate schedule, advanced each epoch.
+        epochs: Passes over the training split.
+        batch_size: Data in a step; the last batch of an epoch may be smaller.
+        warmup: Fraction of all steps over which the weight of the KL rises from 0 to 1.
+        clip: Greatest Euclidean norm of all gradients together.
+        patience: Stop after so many epochs, counted from the end of the warm-up, without a
+            better bound on the validation split.
+        seed: Seed of the order and the binarisation; z is drawn from torch's own generator.
+        run: Folder to write metrics and weights to.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: Settings or data that do not fit, found before the first step.
+        FloatingPointError: The loss or a gradient is NaN or infinite. The weights are those
+            before that step.
+
+    Example:
+        >>> from pyro_vae import data
+        >>> from pyro_vae.parts import Blueprint
+        >>> digits = data.load("digits", view=data.dynamic)
+        >>> vae = Blueprint(digits.shape, latent=2).build()
+        >>> rows = fit(vae, digits, epochs=2, progress=False)
+        >>> [row["samples"] for row in rows]
+        [1437, 2874]
+    """
+    _check_settings(len(data.train), epochs, batch_size, warmup, patience)
+    parameters = [each for each in pair.parameters() if each.requires_grad]
+    if not parameters:
+        raise ValueError("there is nothing to train: every parameter is frozen")
+    data = data.map(lambda part: part.to(parameters[0].device))
+    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    for part in data.splits[:2]:
+        for batch in _fixed(part):
+            check_pair(pair, *batch)
+
+    objective = objective or Trace_ELBO(max_plate_nesting=1)
+    annealed = BetaELBO(elbo=objective)
+    optim = optimizer(parameters)
+    scheduler = schedule(optim) if schedule else None
+    budget = epochs * math.ceil(len(data.train) / batch_size)
+    step, rows, best = 0, list[Metrics](), _Best(pair, run)
+    with _bar(epochs * len(data.train), progress) as bar, _log(run) as log, best, _quiet():
+        for epoch in range(1, epochs + 1):
+            pair.train()
+            total, began = 0.0, time.perf_counter()
+            for batch in data.train.batches(batch_size, generator, shuffle=True):
+                warm = step >= warmup * budget
+                annealed.weight.fill_(1 if warm else step / (warmup * budget))
+                optim.zero_grad()
+                loss = (objective if warm else annealed).loss_and_grads(
+                    pair.model, pair.guide, *batch
+                )
+                norm = nn.utils.clip_grad_norm_(parameters, clip)
+                if not (math.isfinite(loss) and norm.isfinite()):
+                    raise FloatingPointError(_diagnosis(pair, batch, epoch, step + 1))
+                optim.step()
+                step, total = step + 1, total + loss
+                bar.update(len(batch[0]))
+            row: Metrics = {
+                "epoch": epoch,
+                "samples": epoch * len(data.train),
+                "loss": total / len(data.train),
+                "weight": annealed.weight.item(),
+                "learning_rate": optim.param_groups[0]["lr"],
+                "images_per_second": len(data.train) / (time.perf_counter() - began),
+            }
+            if len(data.validation):
+                pair.eval()
+                row |= bound(pair, _fixed(data.validation)).summary()
+            rows.append(row)
+            log(row)
+            bar.set_postfix({key: f"{row[key]:.2f}" for key in ("loss", "elbo") if key in row})
+            best.offer(row)
+            if scheduler:
+                scheduler.step()
+            if patience and epoch - max(best.epoch, math.ceil(warmup * epochs)) >= patience:
+                break
+    return rows
+
+
+class _Best:
+    """The weights of the best epoch so far; puts them back when training ends well."""
+
+    def __init__(self, pair: nn.Module, run: str | Path | None) -> None:
+        self.pair, self.run = pair, Path(run) if run else None
+        self.elbo, self.epoch = -math.inf, 0
+        self.weights: dict[str, Tensor] = {}
+
+    def offer(self, row: Metrics) -> None:
+        """Keep the pair's weights where the row has a better bound than any before."""
+        elbo = row.get("elbo", math.inf)
+        if elbo > self.elbo or elbo == math.inf:
+            self.elbo, self.epoch = elbo, int(row["epoch"])
+            self.weights = {key: value.clone() for key, value in self.pair.state_dict().items()}
+            if self.run:
+                checkpoints.save(self.pair, self.run / "best.safetensors")
+
+    def __enter__(self) -> _Best:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.run:
+            checkpoints.save(self.pair, self.run / "last.safetensors")
+        if kind is None:
+            self.pair.load_state_dict(self.weights)
+
+
+def _check_settings(
+    rows: int, epochs: int, batch_size: int, warmup: float, patience: int | None
+) -> None:
+    if epochs < 1:
+        raise ValueError(f"training takes at least 1 epoch, not {epochs}")
+    if not 1 <= batch_size <= rows:
+        raise ValueError(
+            f"a batch size of {batch_size} does not fit the {rows} training data; give 1 to {rows}"
+        )
+    if not 0 <= warmup < 1:
+        raise ValueError(f"the warm-up is a fraction of the budget, 0 to below 1, not {warmup}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience is at least 1 epoch, not {patience}")
+
+
+def _fixed(part: Split) -> Iterator[tuple[Tensor, ...]]:
+    """Batches for evaluation: in order, and binarised alike each time."""
+    return part.batches(8192, torch.Generator(part.x.device).manual_seed(0))
+
+
+def _diagnosis(pair: Any, batch: tuple[Tensor, ...], epoch: int, step: int) -> str:
+    """One sentence on where a non-finite loss or gradient comes from."""
+    with torch.no_grad():
+        guide = poutine.trace(pair.guide).get_trace(*batch)
+        model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
+    culprit = "the objective"
+    for name, parameter in reversed(list(pair.named_parameters())):
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            culprit = f"the gradient of '{name}'"
+    for program, trace in (("model", model), ("guide", guide)):
+        trace.compute_log_prob()
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and not site["log_prob"].isfinite().all():
+                culprit = f"the log-density of site '{name}' in the {program}"
+    return (
+        f"the loss or a gradient is NaN or infinite in epoch {epoch}, step {step}, first in "
+        f"{culprit}; a smaller learning rate, clipping, warm-up or a larger floor of the scales "
+        f"usually helps"
+    )
+
+
+@contextlib.contextmanager
+def _bar(total: int, shown: bool) -> Iterator[tqdm[Any]]:
+    """A bar in images, redrawn seldom where it goes to a file."""
+    pace = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=total, unit="img", unit_scale=True, mininterval=pace, disable=not shown, leave=True
+    ) as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def _log(run: str | Path | None) -> Iterator[Callable[[Metrics], None]]:
+    """Write rows to ``metrics.jsonl`` and, where it is installed, to TensorBoard."""
+    if run is None:
+        yield lambda row: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        board = None
+    else:
+        board = SummaryWriter(str(run))
+    with (Path(run) / "metrics.jsonl").open("a") as file:
+
+        def log(row: Metrics) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            if board:
+                for key, value in row.items():
+                    board.add_scalar(key, value, int(row["epoch"]))
+
+        try:
+            yield log
+        finally:
+            if board:
+                board.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the validation that `check_pair` has done, and Pyro's warning of what is raised."""
+    with unvalidated(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered NaN")
+        yield
