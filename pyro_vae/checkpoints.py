@@ -7,7 +7,7 @@ pictures. Nothing in it is pickled, and opening it runs no code that it names.
 
 from __future__ import annotations
 
-__all__ = ["create", "describe", "load", "restore", "save", "write"]
+__all__ = ["blueprint", "create", "describe", "load", "restore", "save", "write"]
 
 import json
 import os
@@ -99,10 +99,21 @@ def load(run: str | Path, *, weights: str = "best", allow: Collection[str] = ())
         ValueError: A file is damaged, or of a later format.
         PermissionError: The run names a class in a module that is not allowed.
     """
-    folder = Path(run)
-    path = folder / "model.json"
+    vae = blueprint(run).build(allow=allow)
+    restore(vae, Path(run) / f"{weights}.safetensors")
+    return vae.eval()
+
+
+def blueprint(run: str | Path) -> Blueprint:
+    """Read the description of a run's VAE.
+
+    Raises:
+        FileNotFoundError: The folder or the file is not there.
+        ValueError: The file is damaged, or of a later format.
+    """
+    path = Path(run) / "model.json"
     if not path.is_file():
-        raise FileNotFoundError(f"'{folder}' is no run: there is no file '{path.name}' in it")
+        raise FileNotFoundError(f"'{run}' is no run: there is no file '{path.name}' in it")
     try:
         content: Mapping[str, Any] = json.loads(path.read_text())
         number = content["format"]
@@ -114,6 +125,4 @@ def load(run: str | Path, *, weights: str = "best", allow: Collection[str] = ())
             f"'{path}' has format {number} and this version reads format {FORMAT}; open it with "
             f"the version of pyro_vae that wrote it"
         )
-    vae = Blueprint.of(values).build(allow=allow)
-    restore(vae, folder / f"{weights}.safetensors")
-    return vae.eval()
+    return Blueprint.of(values)

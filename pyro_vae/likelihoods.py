@@ -31,7 +31,12 @@ class Likelihood(nn.Module, abc.ABC):
 
     Args:
         decoder: Network from ``(..., latent)`` to ``(..., *outputs(shape))``.
+
+    Attributes:
+        unit: Unit of the score, to print beside it.
     """
+
+    unit = "nats"
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -84,6 +89,8 @@ class Bernoulli(Likelihood):
     def __init__(self, decoder: nn.Module, *, greyscale: bool = False) -> None:
         super().__init__(decoder)
         self.greyscale = greyscale
+        if greyscale:
+            self.unit = "nats, cross-entropy of grey levels and not a likelihood"
 
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "INTERFACES", "Blueprint", "Part", "find"]
+__all__ = ["ACTIVATIONS", "KINDS", "Blueprint", "Part", "find", "make"]
 
 import dataclasses
 import difflib
@@ -11,20 +11,29 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
+import pyro.infer
 import torch
+from pyro.infer.elbo import ELBO
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_vae import likelihoods, posteriors, priors
+from pyro_vae import likelihoods, objectives, posteriors, priors
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.vae import VAE
 
-INTERFACES: dict[str, type] = {
-    "prior": priors.Prior,
-    "likelihood": likelihoods.Likelihood,
-    "posterior": posteriors.Posterior,
+# What has a name: the interface of each kind, and the modules where its classes live.
+KINDS: dict[str, tuple[Any, ...]] = {
+    "prior": (priors.Prior, priors),
+    "likelihood": (likelihoods.Likelihood, likelihoods),
+    "posterior": (posteriors.Posterior, posteriors),
+    "objective": (ELBO, objectives, pyro.infer),
+    "optimizer": (Optimizer, torch.optim),
+    "schedule": (LRScheduler, torch.optim.lr_scheduler),
 }
+_PARTS = ("prior", "likelihood", "posterior")
 ACTIVATIONS = ("ELU", "GELU", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh")
 
 
@@ -39,6 +48,15 @@ class Part:
 
     name: str = "Normal"
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Part:
+        """Return the part that a configuration gives as ``class_path`` and ``init_args``."""
+        return cls(values["class_path"], dict(values.get("init_args") or {}))
+
+    def plain(self) -> dict[str, Any]:
+        """Return ``class_path`` and ``init_args``, for a configuration."""
+        return {"class_path": self.name, "init_args": dict(self.options)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,7 @@ class Blueprint:
             raise ValueError(
                 f"unknown activation '{self.activation}': there are {', '.join(ACTIVATIONS)}"
             )
-        parts = {key: getattr(self, key) for key in INTERFACES}
+        parts = {key: getattr(self, key) for key in _PARTS}
         classes = {key: find(part.name, key, allow=allow) for key, part in parts.items()}
         at_hand: dict[str, Callable[[], Any]] = {
             "latent": lambda: self.latent,
@@ -132,7 +150,7 @@ class Blueprint:
             ValueError: The values are not those of a blueprint.
         """
         try:
-            parts = {key: Part(**values[key]) for key in INTERFACES}
+            parts = {key: Part(**values[key]) for key in _PARTS}
             return cls(**{**values, **parts, "shape": tuple(values["shape"])})
         except (TypeError, KeyError) as error:
             raise ValueError(f"this is no description of a VAE: {error}") from error
@@ -158,35 +176,34 @@ class Blueprint:
 
 
 def find(name: str, kind: str, *, allow: Collection[str] | None = None) -> type:
-    """Return the prior, likelihood or posterior class of that name or import path.
+    """Return the class of that kind and that name or import path.
 
     Args:
         name: ``Normal``, ``pyro_vae.priors.Normal`` or ``my_file.MyPrior``.
-        kind: A key of `INTERFACES`.
-        allow: Modules outside this package that may be imported; any by default.
+        kind: A key of `KINDS`.
+        allow: Modules besides those of `KINDS` that may be imported; any by default.
 
     Raises:
         ValueError: There is no such class or module.
         TypeError: It is of another kind.
         PermissionError: Its module is not allowed; nothing was imported.
     """
-    interface = INTERFACES[kind]
-    home = inspect.getmodule(interface)
+    interface, *homes = KINDS[kind]
     module, _, last = name.rpartition(".")
-    if not module or module == interface.__module__:
-        found = getattr(home, last, None)
-        if not (inspect.isclass(found) and issubclass(found, interface) and found != interface):
+    if not module or module in {home.__name__ for home in homes}:
+        found = _named(kind).get(last)
+        if found is None:
             raise ValueError(_unknown(last, kind))
-    else:
-        if allow is not None and module not in allow:
-            raise PermissionError(
-                f"{kind} '{name}' lies outside this package and may run any code: if you trust "
-                f"it, allow its module by `--allow {module}`, in Python by allow=['{module}']"
-            )
-        try:
-            found = getattr(importlib.import_module(module), last)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{kind} '{name}' cannot be imported: {error}") from error
+        return found
+    if allow is not None and module not in allow:
+        raise PermissionError(
+            f"{kind} '{name}' lies outside this package and may run any code: if you trust it, "
+            f"allow its module by `--allow {module}`, in Python by allow=['{module}']"
+        )
+    try:
+        found = getattr(importlib.import_module(module), last)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{kind} '{name}' cannot be imported: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, interface)):
         raise TypeError(
             f"'{name}' is no {kind}: it must be a subclass of "
@@ -195,15 +212,43 @@ def find(name: str, kind: str, *, allow: Collection[str] | None = None) -> type:
     return found
 
 
+def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given: Any) -> Any:
+    """Construct an objective, optimiser or schedule from its part and what it is `given`.
+
+    Raises:
+        ValueError: As for `find`, or an option that it does not take or refuses.
+        TypeError: As for `find`, or something that it needs is missing.
+        PermissionError: As for `find`.
+    """
+    options = {
+        key: make(Part.of(value), kind, allow=allow)
+        if isinstance(value, Mapping) and "class_path" in value
+        else value
+        for key, value in part.options.items()
+    }
+    at_hand = {key: cast("Callable[[], Any]", lambda v=value: v) for key, value in given.items()}
+    return _construct(find(part.name, kind, allow=allow), Part(part.name, options), at_hand)
+
+
+def _named(kind: str) -> dict[str, type]:
+    """The classes of a kind that have a name of their own, by that name."""
+    interface, *homes = KINDS[kind]
+    return {
+        name: each
+        for home in reversed(homes)
+        for name, each in vars(home).items()
+        if inspect.isclass(each) and issubclass(each, interface) and not inspect.isabstract(each)
+        if not name.startswith("_") and each is not interface
+    }
+
+
 def _unknown(name: str, kind: str) -> str:
-    home = inspect.getmodule(INTERFACES[kind])
-    names = [each for each in getattr(home, "__all__", ()) if each != INTERFACES[kind].__name__]
-    near = {each.lower(): each for each in names}
+    near = {each.lower(): each for each in _named(kind)}
     match = difflib.get_close_matches(name.lower(), near, n=1)
     hint = f"did you mean '{near[match[0]]}'? There are" if match else "there are"
     return (
-        f"unknown {kind} '{name}': {hint} {', '.join(names)}, or give the import path of your "
-        f"own class, as in my_file.MyClass"
+        f"unknown {kind} '{name}': {hint} {', '.join(sorted(near.values()))}, or give the import "
+        f"path of your own class, as in my_file.MyClass"
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
 from pyro_vae.checkpoints import write
@@ -56,6 +57,7 @@ def curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     left.legend()
     for axes in (left, right):
         axes.set_xlabel("training samples seen")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
     return figure
 
@@ -78,7 +80,9 @@ def strip(rows: Mapping[str, Tensor]) -> Figure:
     first = next(iter(rows.values()))
     if not _are_images(first):
         figure = Figure(figsize=(7, 1 + 2 * len(rows)), dpi=120, layout="constrained")
-        for axes, (name, x) in zip(np.atleast_1d(figure.subplots(len(rows))), rows.items()):
+        for axes, (name, x) in zip(
+            np.atleast_1d(figure.subplots(len(rows))), rows.items(), strict=True
+        ):
             axes.imshow(x.flatten(1).numpy(force=True), aspect="auto", interpolation="nearest")
             axes.set_ylabel(name)
         return figure
@@ -86,7 +90,9 @@ def strip(rows: Mapping[str, Tensor]) -> Figure:
     height, width = tiles[0].shape[:2]
     tall = 9 * height / width
     figure = Figure(figsize=(10.4, tall * len(rows) + 0.1), dpi=120, layout="constrained")
-    for axes, name, tile in zip(np.atleast_1d(figure.subplots(len(rows))), rows, tiles):
+    for axes, name, tile in zip(
+        np.atleast_1d(figure.subplots(len(rows))), rows, tiles, strict=True
+    ):
         axes.imshow(tile, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_pair", "unvalidated"]
+__all__ = ["check_pair", "elementary", "unvalidated"]
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +59,13 @@ def unvalidated() -> Iterator[None]:
         Distribution.set_default_validate_args(before)
 
 
+def elementary(support: constraints.Constraint) -> constraints.Constraint:
+    """Return the support of one element, where elements are independent."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
+
+
 def _check_programs(pair: Pair, batch: tuple[Tensor, ...], size: int) -> None:
     rows = tuple(tensor[:size] for tensor in batch)
     with _worded("guide", size):
@@ -92,9 +99,7 @@ def _check_sites(model: poutine.Trace, guide: poutine.Trace) -> None:
 def _check_support(name: str, site: Any, x: Tensor) -> None:
     """Hold x against the support, elementwise where the support is one of single elements."""
     support, value = site["fn"].support, site["value"]
-    element = support
-    while isinstance(element, constraints.independent):
-        element = element.base_constraint
+    element = elementary(support)
     if value.shape[1:] == x.shape[1:] and not any(map(torch.is_tensor, vars(element).values())):
         support, value = (element, x) if element.event_dim == 0 else (element, value)
     inside = support.check(value)

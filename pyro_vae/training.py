@@ -138,7 +138,9 @@ def fit(
                 row |= bound(pair, _fixed(data.validation)).summary()
             rows.append(row)
             log(row)
-            bar.set_postfix({key: f"{row[key]:.2f}" for key in ("loss", "elbo") if key in row})
+            bar.set_postfix(
+                {key: f"{row[key]:.2f}" for key in ("loss", "elbo") if key in row}, refresh=False
+            )
             best.offer(row)
             if scheduler:
                 scheduler.step()

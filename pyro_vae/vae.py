@@ -79,10 +79,14 @@ class VAE(nn.Module):
         return self.likelihood(z, *context)
 
     @torch.no_grad()
-    def sample(self, size: int, *context: Tensor) -> Tensor:
-        """Draw `size` data ``x ~ p(x)``, given context of `size` rows where there is any."""
-        prior = as_pyro(self.prior(*context))
-        return self.decode(prior.expand([size]).sample(), *context).sample()
+    def sample(self, size: int, *context: Tensor, mean: bool = False) -> Tensor:
+        """Draw `size` data ``x ~ p(x)``, given context of `size` rows where there is any.
+
+        With `mean`, draw only z and return the mean of p(x|z), which is easier on the eye.
+        """
+        z = as_pyro(self.prior(*context)).expand([size]).sample()
+        likelihood = self.decode(z, *context)
+        return likelihood.mean if mean else likelihood.sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, *context: Tensor) -> Tensor:
