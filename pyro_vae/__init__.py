@@ -1,7 +1,10 @@
 """Variational autoencoders as probabilistic programs in Pyro."""
 
-from pyro_vae import likelihoods, networks, posteriors, priors
+from pyro_vae import data, likelihoods, networks, objectives, posteriors, priors, testing
+from pyro_vae.checkpoints import load, restore
+from pyro_vae.evaluation import bound
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
+from pyro_vae.training import fit
 from pyro_vae.vae import VAE
 
 __all__ = [
@@ -9,8 +12,15 @@ __all__ = [
     "VAE",
     "ConvDecoder",
     "ConvEncoder",
+    "bound",
+    "data",
+    "fit",
     "likelihoods",
+    "load",
     "networks",
+    "objectives",
     "posteriors",
     "priors",
+    "restore",
+    "testing",
 ]

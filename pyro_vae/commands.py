@@ -169,7 +169,7 @@ def train(
         prior: Prior p(z).
         likelihood: Likelihood p(x|z).
         posterior: Approximate posterior q(z|x).
-        objective: Objective, from this package or pyro.infer.
+        objective: Objective.
         optimizer: Optimiser from torch.optim.
         schedule: Learning-rate schedule from torch.optim.lr_scheduler, advanced each epoch.
         lr: Learning rate.
@@ -208,7 +208,7 @@ def train(
     if output_bias:
         vae.likelihood.centre(dataset.train.mean())  # type: ignore[operator]
     vae.to(place)
-    loss = make(objective, "objective")
+    target = make(objective, "objective")
     run = checkpoints.create(out or _free(dataset.name))
     settings |= {
         "binarisation": binarisation, "latent": latent, "hidden": list(hidden),
@@ -226,7 +226,7 @@ def train(
         rows = fit(
             vae,
             dataset,
-            objective=loss,
+            objective=target,
             optimizer=lambda parameters: make(optimizer, "optimizer", params=parameters, lr=lr),
             schedule=None
             if schedule is None
@@ -357,7 +357,8 @@ def manifold(
     _check_count(side)
     if run.blueprint.latent != 2:
         raise ValueError(
-            f"a manifold needs 2 latents, not the {run.blueprint.latent} of '{run.run}'; try interpolate"
+            f"a manifold needs 2 latents and '{run.run}' has {run.blueprint.latent}; "
+            f"try interpolate"
         )
     label = 0 if label is None and run.blueprint.context else label
     vae, context = run.vae(), run.labels(side**2, label)

@@ -37,7 +37,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision import datasets
 from tqdm import tqdm
 
 from pyro_vae.splits import Array, Data, Split, divide, dynamic, plain, split, threshold
@@ -108,17 +107,19 @@ def _digits(where: Path, download: bool) -> dict[str, Split]:
     return {"train": Split(x, labels=torch.as_tensor(labels))}
 
 
-def _torchvision(family: type[datasets.MNIST], where: Path, download: bool) -> dict[str, Split]:
+def _torchvision(name: str, where: Path, download: bool) -> dict[str, Split]:
     """MNIST or a set in its format, by torchvision, which checks and unpacks the archives."""
-    raw = where / family.__name__ / "raw"
+    from torchvision import datasets  # two seconds to import
+
+    family, raw = getattr(datasets, name), where / name / "raw"
     try:
         sets = [family(str(where), train=train, download=download) for train in (True, False)]
     except PermissionError:
         raise
     except (OSError, RuntimeError) as error:
-        files = ", ".join(name for name, _ in family.resources)
+        files = ", ".join(file for file, _ in family.resources)
         raise ConnectionError(
-            _undelivered(family.__name__, str(family.mirrors[0]), files, raw, error)
+            _undelivered(name, str(family.mirrors[0]), files, raw, error)
         ) from error
     except (ValueError, AssertionError, EOFError, IndexError, KeyError) as error:
         raise ValueError(
@@ -174,17 +175,17 @@ SOURCES: dict[str, Source] = {
     "mnist": Source(
         "70,000 handwritten digits, 28x28",
         ("MNIST/raw",),
-        partial(_torchvision, datasets.MNIST),
+        partial(_torchvision, "MNIST"),
     ),
     "fashion-mnist": Source(
         "70,000 pieces of clothing, 28x28",
         ("FashionMNIST/raw",),
-        partial(_torchvision, datasets.FashionMNIST),
+        partial(_torchvision, "FashionMNIST"),
     ),
     "kmnist": Source(
         "70,000 cursive Japanese characters, 28x28",
         ("KMNIST/raw",),
-        partial(_torchvision, datasets.KMNIST),
+        partial(_torchvision, "KMNIST"),
     ),
     "binarized-mnist": Source(
         "70,000 digits in Larochelle's fixed binarisation, no labels",

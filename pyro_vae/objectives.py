@@ -1,14 +1,14 @@
-"""Objectives: members of the ELBO family, drop-in for `pyro.infer.SVI`."""
+"""Objectives: Pyro's own that suit minibatches, and more of the ELBO family, for `SVI`."""
 
 from __future__ import annotations
 
-__all__ = ["BetaELBO"]
+__all__ = ["BetaELBO", "TraceGraph_ELBO", "TraceMeanField_ELBO", "Trace_ELBO"]
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor

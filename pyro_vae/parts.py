@@ -232,10 +232,9 @@ def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given
 
 def _named(kind: str) -> dict[str, type]:
     """The classes of a kind that have a name of their own, by that name."""
-    interface, *homes = KINDS[kind]
+    interface, home, *_ = KINDS[kind]
     return {
         name: each
-        for home in reversed(homes)
         for name, each in vars(home).items()
         if inspect.isclass(each) and issubclass(each, interface) and not inspect.isabstract(each)
         if not name.startswith("_") and each is not interface
