@@ -92,7 +92,7 @@ def fit(
         >>> [row["samples"] for row in rows]
         [1437, 2874]
     """
-    _check_settings(len(data.train), epochs, batch_size, warmup, patience)
+    _check_settings(len(data.train), epochs, batch_size, warmup, clip, patience)
     parameters = [each for each in pair.parameters() if each.requires_grad]
     if not parameters:
         raise ValueError("there is nothing to train: every parameter is frozen")
@@ -177,7 +177,7 @@ class _Best:
 
 
 def _check_settings(
-    rows: int, epochs: int, batch_size: int, warmup: float, patience: int | None
+    rows: int, epochs: int, batch_size: int, warmup: float, clip: float, patience: int | None
 ) -> None:
     if epochs < 1:
         raise ValueError(f"training takes at least 1 epoch, not {epochs}")
@@ -187,6 +187,8 @@ def _check_settings(
         )
     if not 0 <= warmup < 1:
         raise ValueError(f"the warm-up is a fraction of the budget, 0 to below 1, not {warmup}")
+    if not clip > 0:
+        raise ValueError(f"gradients are clipped to a norm above 0, not {clip}")
     if patience is not None and patience < 1:
         raise ValueError(f"patience is at least 1 epoch, not {patience}")
 
