@@ -23,11 +23,12 @@ __all__ = [
 
 import difflib
 import hashlib
+import http.client
 import io
 import os
+import urllib.error
 import urllib.request
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from pyro_vae.splits import Array, Data, Split, divide, dynamic, plain, split, threshold
+from pyro_vae.splits import Array, Data, Split, divide, dynamic, plain, split, tensor, threshold
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 
@@ -116,14 +117,14 @@ def _torchvision(name: str, where: Path, download: bool) -> dict[str, Split]:
         sets = [family(str(where), train=train, download=download) for train in (True, False)]
     except PermissionError:
         raise
-    except (OSError, RuntimeError) as error:
-        files = ", ".join(file for file, _ in family.resources)
+    except Exception as error:  # its readers let through what damage does to them
+        files = [file for file, _ in family.resources]
+        if all((raw / file).with_suffix("").exists() for file in files):
+            raise ValueError(
+                f"the files in {raw} are damaged; delete that folder and run again"
+            ) from error
         raise ConnectionError(
-            _undelivered(name, str(family.mirrors[0]), files, raw, error)
-        ) from error
-    except (ValueError, AssertionError, EOFError, IndexError, KeyError) as error:
-        raise ValueError(
-            f"the files in {raw} are damaged; delete that folder and run again"
+            _undelivered(name, str(family.mirrors[0]), ", ".join(files), raw, error)
         ) from error
     train, test = (Split(each.data.unsqueeze(1), labels=each.targets) for each in sets)
     return {"train": train, "test": test}
@@ -155,17 +156,18 @@ _FREY_SHA256 = "2438ba4f0d2a6bd8bac43de756141eaa33c8d248dd613d464bdb1210d9b7af78
 
 
 def _frey_face(where: Path, download: bool) -> dict[str, Split]:
-    path = where / "frey_face.npz"
+    path, original = where / "frey_face.npz", where / "frey_rawface.mat"
     if not path.exists():
         from scipy.io import loadmat
 
-        raw = _fetch(_FREY, where / "frey_rawface.mat", None, download)
+        raw = _fetch(_FREY, original, None, download)
+        origin = original if original.exists() else _FREY
         try:
             images = np.ascontiguousarray(loadmat(io.BytesIO(raw))["ff"].T).astype(np.uint8)
         except Exception as error:
-            raise ValueError(f"what {_FREY} sent is no MATLAB file; try again later") from error
+            raise ValueError(f"{origin} is no MATLAB file; fetch it anew") from error
         if hashlib.sha256(images.tobytes()).hexdigest() != _FREY_SHA256:
-            raise ValueError(f"what {_FREY} sent are not the Frey Face pixels; try again later")
+            raise ValueError(f"{origin} holds other pixels than the Frey Face; fetch it anew")
         _keep(path, {"images": images.reshape(-1, 28, 20)})
     return _arrays(path)
 
@@ -213,17 +215,17 @@ def _missing(source: str) -> Exception:
 
 def _arrays(path: Path) -> dict[str, Split]:
     """The splits in a ``.npy`` or ``.npz`` file."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            arrays = {"x": loaded}
-        else:
-            with loaded:
-                arrays = dict(loaded)
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        objects = "Object arrays" in str(error)
-        fault = "holds Python objects, not numbers" if objects else "is damaged or no NumPy file"
-        raise ValueError(f"'{path}' {fault}; save it with numpy.save or numpy.savez") from error
+    with path.open("rb") as file:
+        try:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        except Exception as error:  # zipfile, zlib and tokenize let through their own
+            objects = "Object arrays" in str(error)
+            fault = "holds Python objects" if objects else "is damaged or no NumPy file"
+            raise ValueError(
+                f"'{path}' {fault}; save numbers with numpy.save or numpy.savez, or delete it "
+                f"if it was downloaded"
+            ) from error
     if "train" in arrays:
         names = {
             "train": "train",
@@ -232,7 +234,9 @@ def _arrays(path: Path) -> dict[str, Split]:
             "test": "test",
         }
         return {
-            names[key]: Split(_channels(array, path), labels=_labels(arrays, f"{key}_labels"))
+            names[key]: Split(
+                _channels(array, path), labels=_labels(arrays, f"{key}_labels", path)
+            )
             for key, array in arrays.items()
             if key in names
         }
@@ -243,30 +247,28 @@ def _arrays(path: Path) -> dict[str, Split]:
             f"'{path}' holds the arrays {', '.join(arrays)}; name the data x, or "
             f"train, validation and test"
         )
-    return {"train": Split(_channels(arrays[key], path), labels=_labels(arrays, "labels"))}
+    labels = _labels(arrays, "labels", path)
+    return {"train": Split(_channels(arrays[key], path), labels=labels)}
 
 
-def _labels(arrays: dict[str, Array], key: str) -> torch.Tensor | None:
-    return torch.as_tensor(arrays[key].astype(np.int64)) if key in arrays else None
+def _labels(arrays: dict[str, Array], key: str, path: Path) -> torch.Tensor | None:
+    return tensor(arrays[key], f"the array '{key}' of '{path}'") if key in arrays else None
 
 
 def _channels(array: Array, path: Path) -> torch.Tensor:
     """Images channel first: ``(N, H, W)`` gets one channel, ``(N, H, W, 3)`` is transposed."""
-    if array.dtype.kind not in "buif":
-        raise ValueError(f"'{path}' holds values of type {array.dtype}, not numbers")
-    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-        array = array.astype(np.int64)
-    tensor = torch.as_tensor(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
-    if tensor.dim() == 3:
-        return tensor.unsqueeze(1)
-    if tensor.dim() == 4 and tensor.shape[-1] in (1, 3) and tensor.shape[1] not in (1, 3):
-        return tensor.permute(0, 3, 1, 2).contiguous()
-    return tensor
+    x = tensor(array, f"'{path}'")
+    if x.dim() == 3:
+        return x.unsqueeze(1)
+    if x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+        return x.permute(0, 3, 1, 2).contiguous()
+    return x
 
 
 def _images(path: Path) -> Split:
     """All images under a folder, in the order of their names."""
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
+    found = (file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise ValueError(f"the folder '{path}' holds no images ({', '.join(sorted(_IMAGES))})")
     first = _image(files[0])
@@ -287,14 +289,17 @@ def _images(path: Path) -> Split:
 
 def _image(file: Path) -> torch.Tensor:
     try:
-        with warnings.catch_warnings(), Image.open(file) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            grey = image.mode in ("1", "L", "LA")
-            pixels = np.array(image.convert("L" if grey else "RGB"))
+            with Image.open(file) as image:
+                deep, grey = image.mode[0] in "IF", image.mode in ("1", "L", "LA")
+                pixels = np.array(image.convert("L" if grey else "RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"'{file}' unpacks to more pixels than is sane; remove it") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"'{file}' is damaged or no image; remove or replace it") from error
+    if deep:  # Pillow has clipped it at 255
+        raise ValueError(f"'{file}' has more than 8 bits a pixel; save it with 8 bits or as .npy")
     return torch.from_numpy(pixels[None] if grey else pixels.transpose(2, 0, 1))
 
 
@@ -310,7 +315,9 @@ def _fetch(address: str, path: Path, digest: str | None, download: bool) -> byte
                 size = int(answer.headers.get("Content-Length") or 0)
                 with tqdm.wrapattr(answer, "read", total=size, desc=path.name) as stream:
                     raw = b"".join(iter(partial(stream.read, 1 << 20), b""))
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         place, name = path.parent, path.name
         raise ConnectionError(_undelivered(name, address, name, place, error)) from error
     if digest and hashlib.sha256(raw).hexdigest() != digest:
@@ -322,9 +329,10 @@ def _fetch(address: str, path: Path, digest: str | None, download: bool) -> byte
 
 
 def _undelivered(name: str, address: str, files: str, place: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
     return (
-        f"{name} could not be had from {address} ({str(error).splitlines()[0]}); put {files} into "
-        f"{place} by hand, or use --data digits, which needs no download"
+        f"{name} could not be had from {address} ({reason}); put {files} into {place} by hand, "
+        f"or use --data digits, which needs no download"
     )
 
 

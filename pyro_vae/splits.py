@@ -80,7 +80,7 @@ class Split:
         return self.map(lambda tensor: tensor.to(device))
 
     def mean(self) -> Tensor:
-        """Mean of the values over the rows, of shape `shape`; binarisation keeps it."""
+        """Mean of the values over the rows, of shape `shape`; dynamic binarisation keeps it."""
         total = torch.stack([part.double().sum(0) for part in self.x.split(8192)]).sum(0)
         return (total / (self.top * len(self))).float()
 
@@ -143,23 +143,31 @@ class Data:
         Raises:
             ValueError: A binarisation of values outside [0, 1].
         """
-        x, top = self.train.x, self.train.top
-        if view is not plain and (x.min() < 0 or x.max() > top):
-            raise ValueError(
-                f"{getattr(view, '__name__', 'this')} binarisation needs values between 0 and 1 "
-                f"and '{self.name}' has {x.min() / top:g} to {x.max() / top:g}; give `top`, the "
-                f"stored value that counts as 1 (255 for pixels), or a likelihood for such values"
-            )
+        if view is not plain:
+            parts = [part for part in self.splits if len(part)]
+            low = min(float(part.x.min() / part.top) for part in parts)
+            high = max(float(part.x.max() / part.top) for part in parts)
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"{getattr(view, '__name__', 'this')} binarisation needs values between 0 and "
+                    f"1 and '{self.name}' has {low:g} to {high:g}; give `top`, the stored value "
+                    f"that counts as 1 (255 for pixels), or a likelihood for such values"
+                )
         return self.map(lambda part: dataclasses.replace(part, view=view))
 
     def conditioned(self) -> Data:
         """Return the same data with one-hot labels as context, for a conditional VAE.
 
         Raises:
-            ValueError: There are no labels.
+            ValueError: There are no labels, or not in every split.
         """
-        if self.train.labels is None:
-            raise ValueError(f"'{self.name}' has no labels to condition on")
+        parts = zip(("train", "validation", "test"), self.splits, strict=True)
+        bare = [key for key, part in parts if part.labels is None]
+        if bare:
+            raise ValueError(
+                f"'{self.name}' has no labels to condition on (in {', '.join(bare)}); give them, "
+                f"or train without"
+            )
         labels = [part.labels for part in self.splits if part.labels is not None and len(part)]
         classes = 1 + max(int(part.max()) for part in labels)
 
@@ -182,8 +190,8 @@ def split(
     Args:
         x: Data ``(N, *shape)``, or a map-style `Dataset` whose items are x, or a tuple
             ``(x, label)`` with an integer label, or ``(x, *context)``.
-        context: Whatever else a datum brings, arrays ``(N, features)``.
-        labels: Integer classes ``(N,)``.
+        context: Whatever else a datum brings, arrays ``(N, features)`` or ``(N,)``.
+        labels: Integer classes ``(N,)``, instead of those of a `Dataset`.
         options: How, as for `divide`.
 
     Raises:
@@ -195,13 +203,38 @@ def split(
         [80, 10, 10]
     """
     if isinstance(x, Dataset):
-        x, context, labels = _stack(x)
+        x, own, classes = _stack(x)
+        context, labels = (*own, *context), classes if labels is None else labels
+    columns = [tensor(c, "the context").float() for c in context]
     rows = Split(
-        torch.as_tensor(x),
-        tuple(torch.as_tensor(c).float() for c in context),
-        None if labels is None else torch.as_tensor(labels),
+        tensor(x, "the data"),
+        tuple(column[:, None] if column.dim() == 1 else column for column in columns),
+        None if labels is None else tensor(labels, "the array of labels"),
     )
     return divide({"train": rows}, **options)
+
+
+def tensor(value: Any, name: str) -> Tensor:
+    """Return a tensor, an array, a number or an image (as bytes, channel first) as a tensor.
+
+    Raises:
+        ValueError: It holds no real numbers; `name` says what did.
+    """
+    if isinstance(value, Tensor):
+        return value
+    array = np.asarray(value)
+    dtype = array.dtype
+    if dtype.kind not in "buif":
+        raise ValueError(
+            f"{name} holds values of type {dtype}, not real numbers; give integers or floats"
+        )
+    if dtype.itemsize > 8 or (dtype.kind == "u" and dtype.itemsize > 1):
+        dtype = np.dtype(np.float64 if dtype.kind == "f" else np.int64)
+    # torch takes neither read-only nor reversed arrays, nor another machine's order of bytes
+    array = np.require(array, dtype.newbyteorder("="), ["C", "W"])
+    if hasattr(value, "getbands"):
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.as_tensor(array)
 
 
 def divide(
@@ -230,8 +263,9 @@ def divide(
         seed: Seed of the random choice.
 
     Raises:
-        ValueError: No rows or too few, unequal numbers of rows, values that are not numbers
-            or not finite, fractions that leave nothing, binarisation outside [0, 1].
+        ValueError: No rows or too few, unequal numbers of rows, splits of unlike shape or
+            type, values that are not finite, labels that are no classes, fractions that
+            leave nothing, binarisation outside [0, 1].
     """
     for fraction in (validation, test):
         if not 0 <= fraction < 1:
@@ -239,6 +273,10 @@ def divide(
     if top is not None and not top > 0:
         raise ValueError(f"`top`, the stored value that counts as 1, is positive, not {top}")
     parts = {key: _checked(part, name) for key, part in parts.items()}
+    kinds = {key: f"{tuple(part.x.shape[1:])} {part.x.dtype}" for key, part in parts.items()}
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{key} has {kind}" for key, kind in kinds.items())
+        raise ValueError(f"the splits of '{name}' differ: {found}; make them alike")
     scale = _top(parts["train"]) if top is None else top
     parts = {key: dataclasses.replace(part, top=scale) for key, part in parts.items()}
     train = parts["train"]
@@ -248,7 +286,8 @@ def divide(
     for key, fraction in (("test", test), ("validation", validation)):
         if key not in parts:
             count = max(round(fraction * len(train)), 1) if fraction else 0
-            order, taken = order[: len(order) - count], order[len(order) - count :]
+            left = max(len(order) - count, 0)
+            order, taken = order[:left], order[left:]
             parts[key] = train[taken.sort().values]
     if not len(order):
         raise ValueError(
@@ -261,11 +300,14 @@ def divide(
 
 def _checked(part: Split, name: str) -> Split:
     """`part` as numbers of a width worth keeping, all finite, one row for each datum."""
-    x = part.x
+    x, labels = part.x, part.labels
     if x.dim() < 2 or not len(x) or not x[0].numel():
-        raise ValueError(f"'{name}' of shape {tuple(x.shape)} holds no rows of data")
+        raise ValueError(
+            f"'{name}' of shape {tuple(x.shape)} holds no rows of data; give an array (N, *shape)"
+        )
     if x.is_complex():
         raise ValueError(f"'{name}' holds complex numbers; give real ones")
+    x = x.byte() if x.dtype == torch.bool else x.float() if x.is_floating_point() else x
     for values in (x, *part.context):
         if values.is_floating_point() and not (finite := values.isfinite()).all():
             row = int((~finite).flatten(1).any(1).nonzero()[0])
@@ -273,11 +315,19 @@ def _checked(part: Split, name: str) -> Split:
                 f"'{name}' has {int((~finite).sum())} NaN or infinite values, the first in row "
                 f"{row}; remove or fill them"
             )
-    for other in (*part.context, *(() if part.labels is None else (part.labels,))):
+    for other in (*part.context, *(() if labels is None else (labels,))):
         if len(other) != len(x):
-            raise ValueError(f"'{name}' has {len(x)} rows of data and {len(other)} of its labels")
-    x = x.byte() if x.dtype == torch.bool else x.float() if x.is_floating_point() else x
-    return dataclasses.replace(part, x=x)
+            raise ValueError(
+                f"'{name}' has {len(x)} rows of data and {len(other)} of labels or context; give "
+                f"one for each datum"
+            )
+    if labels is not None:
+        if labels.dim() != 1 or (labels != labels.long()).any() or (labels < 0).any():
+            raise ValueError(
+                f"'{name}' has labels that are no classes; give whole numbers from 0, one a row"
+            )
+        labels = labels.long()
+    return dataclasses.replace(part, x=x, labels=labels)
 
 
 def _top(part: Split) -> float:
@@ -290,7 +340,11 @@ def _stack(dataset: Dataset[Any]) -> tuple[Tensor, tuple[Tensor, ...], Tensor | 
         raise ValueError("a torch Dataset must have a length above 0 to be read into memory")
     items = [dataset[i] for i in range(len(dataset))]
     columns = list(zip(*items, strict=True)) if isinstance(items[0], tuple) else [tuple(items)]
-    x, *others = (torch.stack([_tensor(value) for value in column]) for column in columns)
+    fields = [[tensor(value, "an item of the Dataset") for value in c] for c in columns]
+    try:
+        x, *others = (torch.stack(field) for field in fields)
+    except RuntimeError as error:
+        raise ValueError("the items of the Dataset differ in shape; make them alike") from error
     if len(others) == 1 and others[0].dim() == 1 and not others[0].is_floating_point():
         return x, (), others[0]
     return (
@@ -298,13 +352,3 @@ def _stack(dataset: Dataset[Any]) -> tuple[Tensor, tuple[Tensor, ...], Tensor | 
         tuple(other.flatten(1) if other.dim() > 1 else other[:, None] for other in others),
         None,
     )
-
-
-def _tensor(value: Any) -> Tensor:
-    """One field of an item: a tensor, an array, a number or an image (as bytes, channel first)."""
-    if isinstance(value, Tensor):
-        return value
-    array = np.asarray(value)
-    if hasattr(value, "getbands"):
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    return torch.as_tensor(array)
