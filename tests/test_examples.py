@@ -72,3 +72,9 @@ def test_the_reference_benchmark_runs_on_a_few_images(data_dir, tmp_path):
     output = run("benchmarks/reference_values.py", tmp_path, *options)
     assert output.count("| Pyro tutorial |") == 3
     assert (tmp_path / "reference_values.json").exists()
+
+
+def test_the_frey_face_benchmark_runs_for_a_moment(data_dir, tmp_path):
+    options = ["--data-dir", str(data_dir), "--samples", "5000", "--out", str(tmp_path)]
+    assert run("benchmarks/frey_face.py", tmp_path, *options).count("| never |") == 3
+    assert len(list(tmp_path.glob("*.png"))) == 3

@@ -43,3 +43,13 @@ def test_the_table_of_reference_values_is_that_of_the_results():
         values = ", ".join(f"{value:.2f}" for value in row["values"])
         line = f"| {row['setup']} | {row['passes']} | {row['published']} | {mean:.2f} | {values} |"
         assert line in table
+
+
+def test_the_table_of_frey_face_is_that_of_the_results():
+    folder = ROOT / "examples" / "benchmarks"
+    table = (folder / "README.md").read_text()
+    for row in json.loads((folder / "results" / "frey_face.json").read_text()):
+        bound = f"{row['elbo']:.0f} ± {row['standard_error']:.0f}"
+        halves = f"{row['reconstruction']:.0f} | {row['kl']:.1f}"
+        line = f"| {row['run']} | {row['passed']} | {row['samples']} | {bound} | {halves} |"
+        assert line in table
