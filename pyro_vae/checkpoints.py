@@ -29,12 +29,12 @@ def create(folder: str | Path) -> Path:
     """Make the folder of a new run.
 
     Raises:
-        FileExistsError: It exists and is not empty.
+        FileExistsError: It exists and is no empty folder.
     """
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(
-            f"'{path}' exists and is not empty; choose another folder, so that nothing is lost"
+            f"'{path}' exists and is no empty folder; choose another one, so that nothing is lost"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -125,4 +125,7 @@ def blueprint(run: str | Path) -> Blueprint:
             f"'{path}' has format {number} and this version reads format {FORMAT}; open it with "
             f"the version of pyro_vae that wrote it"
         )
-    return Blueprint.of(values)
+    try:
+        return Blueprint.of(values)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error

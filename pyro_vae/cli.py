@@ -4,13 +4,15 @@ from __future__ import annotations
 
 __all__ = ["main"]
 
+import contextlib
 import difflib
 import inspect
+import itertools
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +38,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
 # What a constructor gets by its parameter's name, and so takes no option for.
 _GIVEN = {"latent", "shape", "encoder", "decoder", "posterior", "data", "params", "lr"}
 _GIVEN |= {"optimizer"}
-_WORDS = {int: "a whole number", float: "a number", str: "a word"}
+_POSITIONAL = {"run", "name"}
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a word",
+    "bool": "true or false",
+    "tuple": "a list",
+    "list": "a list",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # so that my_file.MyPrior is found
+        # So that my_file.MyPrior is found, but no file here stands in for an installed module.
+        sys.path.append(os.getcwd())
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -62,20 +73,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command(**_parsed(name, command, given[1:]))
     except KeyboardInterrupt:
         return _failed(1, "stopped; what was finished is kept")
-    except (ValueError, TypeError, LookupError, ImportError, *_MISUSE) as error:
+    except (ValueError, TypeError, ImportError, *_MISUSE) as error:
         return _failed(2, error)
-    except (OSError, RuntimeError, ArithmeticError, MemoryError, EOFError) as error:
+    except Exception as error:  # a failure while running, or a mistake in the user's own classes
         return _failed(1, error)
     return 0
 
 
 _MISUSE = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError)
+_EXPECTED = (*_MISUSE, ValueError, TypeError, ImportError, OSError, RuntimeError, ArithmeticError)
 
 
 def _failed(status: int, error: str | Exception) -> int:
     if isinstance(error, Exception) and os.environ.get("PYRO_VAE_TRACEBACK"):
         traceback.print_exception(error)
     message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        place = f" '{error.filename}'" if error.filename else ""
+        message = f"cannot read or write{place}: {error.strerror}"
+    elif not isinstance(error, (str, *_EXPECTED)):
+        message = f"{type(error).__name__}: {message}; PYRO_VAE_TRACEBACK=1 shows where"
     print(f"pyro-vae: {' '.join(message.split())}", file=sys.stderr)
     return status
 
@@ -103,11 +120,15 @@ def _overview() -> str:
 def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[str, Any]:
     """The command's arguments; `SystemExit` after ``--help``."""
     parser = ArgumentParser(
-        prog=f"pyro-vae {name}", description=_documented(command)[0], exit_on_error=False
+        prog=f"pyro-vae {name}",
+        description=_documented(command)[0],
+        exit_on_error=False,
+        allow_abbrev=False,
     )
-    given = _config_first(given)
     if command is commands.train:
-        _check_config(given)
+        given = _configs_first(given)
+        _check_configs(given)
+        _check_classes(given)
         parser.add_argument("--config", action="config", help="Repeat a run from its config.yaml.")
         parser.add_argument(
             "--allow", nargs="*", default=[], help="Modules of your own that --config may import."
@@ -116,7 +137,7 @@ def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[s
     try:
         parsed: Namespace = parser.parse_args(given)
     except ArgumentError as error:
-        raise ValueError(_worded(str(error), name, command, given)) from error
+        raise ValueError(_worded(str(error), name, command)) from error
     return _collected(parsed, command)
 
 
@@ -164,10 +185,9 @@ def _add(parser: ArgumentParser, target: Callable[..., Any]) -> None:
             )
         elif is_dataclass(hint):
             _add(parser, cast("Any", hint))
-        elif default is parameter.empty:
-            parser.add_argument(key, type=str, **text)
-        elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD and key == "name":
-            parser.add_argument(key, type=str, nargs="?", **text)
+        elif key in _POSITIONAL:
+            count = None if default is parameter.empty else "?"
+            parser.add_argument(key, type=str, nargs=count, **text)
         elif hint is bool:
             parser.add_argument(
                 option, action=ActionYesNo(no_prefix="no-"), default=default, **text
@@ -184,57 +204,112 @@ def _path(name: str, kind: str) -> str:
     return f"{found.__module__}.{found.__qualname__}"
 
 
-def _config_first(given: list[str]) -> list[str]:
-    """Put ``--config FILE`` first, so that options count more wherever they stand."""
-    for index, word in enumerate(given):
-        if word == "--config" and index + 1 < len(given):
-            return [*given[index : index + 2], *given[:index], *given[index + 2 :]]
-        if word.startswith("--config="):
-            return [word, *given[:index], *given[index + 1 :]]
-    return given
+def _configs_first(given: list[str]) -> list[str]:
+    """Put each ``--config FILE`` first, so that options count more wherever they stand."""
+    first, rest, words = list[str](), list[str](), iter(given)
+    for word in words:
+        if word == "--config":
+            first += [word, *itertools.islice(words, 1)]
+        else:
+            (first if word.startswith("--config=") else rest).append(word)
+    return [*first, *rest]
 
 
-def _check_config(given: list[str]) -> None:
-    """Refuse a configuration that names classes of modules that are not allowed."""
-    if not given or not given[0].startswith("--config"):
-        return
-    path = Path(given[0].partition("=")[2] or given[1])
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no configuration '{path}'")
-    allowed: list[str] = []
-    for index, word in enumerate(given):
-        if word == "--allow":
-            for module in given[index + 1 :]:
-                if module.startswith("--"):
-                    break
-                allowed.append(module)
-    try:
-        content = yaml.safe_load(path.read_text())
-        parts = {key: content[key] for key in KINDS if content.get(key)}
-        names = {key: part["class_path"] for key, part in parts.items()}
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"'{path}' is no configuration of a run: {error}") from error
-    for key, name in names.items():
-        find(name, key, allow=allowed)
+def _check_configs(given: list[str]) -> None:
+    """Refuse a configuration that names what is not allowed, before the parser follows it."""
+    allowed, entries = _values(given, "allow"), [*_hints(commands.train), "allow"]
+    for path in map(Path, _values(given, "config")):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no configuration file '{path}'")
+        try:
+            content = {**yaml.safe_load(path.read_text())}
+            if unknown := [str(key) for key in content if key not in entries]:
+                raise ValueError(f"it has an entry '{unknown[0]}'{_near(unknown[0], entries)}")
+            parts = {kind: Part.of(content[kind]) for kind in KINDS if content.get(kind)}
+        except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"'{path}' is no configuration of a run: {error}") from error
+        for kind, part in parts.items():
+            _check_part(part, kind, allowed, path)
 
 
-def _worded(error: str, name: str, command: Callable[..., None], given: list[str]) -> str:
+def _check_part(part: Part, kind: str, allowed: Sequence[str], path: Path) -> None:
+    """Refuse a class that is not allowed, and text that the parser would take for one.
+
+    Where an option takes more than text, the parser imports what reads like an import path,
+    opens a file of that name and reads a mapping for a class.
+    """
+    found: Any = find(str(part.name), kind, allow=allowed)
+    hints: dict[str, Any] = {}
+    with contextlib.suppress(NameError):  # a type that is imported for type checkers only
+        hints = get_type_hints(found.__init__)
+    for key, value in part.options.items():
+        if isinstance(value, str) and hints.get(key) in (str, str | None):
+            continue
+        for text in _texts(value):
+            if re.fullmatch(r"\w+(\.\w+)+", text):
+                find(text, kind, allow=allowed)
+            elif not re.fullmatch(r"[\w+-]+", text) or (path.parent / text).exists():
+                raise ValueError(
+                    f"'{path}' gives the {kind} as {key} '{text}', no plain word; take it out"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every piece of text within plain values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple, set)):
+        each = value.values() if isinstance(value, Mapping) else value
+        yield from itertools.chain.from_iterable(map(_texts, each))
+
+
+def _check_classes(given: list[str]) -> None:
+    for kind in KINDS:
+        for name in _values(given, kind):
+            if re.fullmatch(r"[\w.]*", name) and name != "null":
+                find(name, kind)
+
+
+def _values(given: list[str], option: str) -> list[str]:
+    """What is given for ``--option``, as far as the next option."""
+    values, taking = list[str](), False
+    for word in given:
+        name, sign, value = word.partition("=")
+        if word.startswith("--"):
+            taking = name == f"--{option}"
+            values += [value] if taking and sign else []
+        elif taking:
+            values.append(word)
+    return values
+
+
+def _worded(error: str, name: str, command: Callable[..., None]) -> str:
     """One sentence for what the parser says in several lines."""
     hints = _hints(command)
-    options = [f"--{key.replace('_', '-')}" for key in hints]
+    keys = re.findall(r'[Kk]ey "([\w.]+)"', error)
     if found := re.search(r"unrecognized arguments: (\S+)", error):
-        return f"'{name}' has no option '{found[1]}'{_near(found[1], options)}"
+        options = [f"--{key.replace('_', '-')}" for key in hints if key not in _POSITIONAL]
+        near = difflib.get_close_matches(found[1], [*options, "--config"], n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"see `pyro-vae {name} --help`"
+        return f"'{name}' has no option '{found[1]}'; {hint}"
+    if keys and keys[0] in KINDS:
+        return _part_worded(error, keys)
     if found := re.search(r"arguments are required: (\w+)", error):
         return f"'{name}' needs {found[1].upper()}: the folder of a run, written by train"
     if found := re.search(r"argument (\S+): expected", error):
         return f"{found[1]} needs a value"
-    key = (re.findall(r'[Kk]ey "([\w.]+)"', error) or [""])[0]
-    if key.split(".")[0] in KINDS:
-        return _part_worded(error, key.split(".")[0], given)
-    if key in hints:
-        value = _given(given, key)
-        return f"--{key.replace('_', '-')} takes {_kind(hints[key])}, not '{value}'"
+    if found := re.search(r"argument --(\S+)/--\S+: ignored", error):
+        return f"--{found[1]} takes no value; there is --no-{found[1]} for the contrary"
+    if keys and keys[0] in hints:
+        option = f"--{keys[0].replace('_', '-')}"
+        return f"{option} takes {_kind(hints[keys[0]])}, not '{_refused(error)}'"
     return " ".join(error.split())
+
+
+def _refused(error: str) -> str:
+    """The value that the parser refuses, in its innermost complaint."""
+    found = re.search(r"(?:Got|Given) value: (.*)", error)
+    return found[1] if found else ""
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -248,19 +323,32 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     return hints
 
 
-def _part_worded(error: str, kind: str, given: list[str]) -> str:
-    path = _given(given, kind)
-    if path is None:
+def _part_worded(error: str, keys: Sequence[str]) -> str:
+    kind, option = keys[0], f"--{'.'.join(keys)}"
+    if found := re.search(r"Parameter '(\w+)' from '([\w.]+)\.__init__' does not", error):
+        return f"parameter '{found[1]}' of {found[2]} must have a type, such as int, to be given"
+    interface, named = KINDS[kind][0], re.findall(r"class_path '([\w.]+)'", error)
+    if not named:
+        return f"--{kind} takes the name of a class or its import path, not '{_refused(error)}'"
+    if named[-1].endswith(f".{interface.__name__}"):
         return f"give the {kind} by --{kind} before its options"
-    try:
-        part = find(path, kind)
-    except (ValueError, TypeError) as unknown:
-        return str(unknown)
-    takes = [key for key in inspect.signature(part).parameters if key not in _GIVEN]
+    part = find(named[-1], kind)
     if found := re.search(r"Option '(\w+)' is not accepted", error):
+        takes = [key for key in inspect.signature(part).parameters if key not in _GIVEN]
         known = f"it takes {', '.join(takes)}" if takes else "it takes none"
-        return f"{kind} {path} takes no option '{found[1]}'; {known}"
-    return f"{kind} {path} cannot be set up: {' '.join(error.split())}"
+        return f"{kind} {part.__name__} takes no option '{found[1]}'; {known}"
+    if found := re.search(r"arguments are required: (\w+)", error):
+        return f"{kind} {part.__name__} needs {found[1]}: give it by {option}.{found[1]}"
+    reason, value = error.rpartition('key "')[2], _refused(error)
+    if "NestedArg" in value:
+        return f"give the class of {option} before its options"
+    if len(keys) > 1 and f"<class '{interface.__module__}.{interface.__name__}'>" in reason:
+        try:
+            find(value, kind)
+        except (ValueError, TypeError) as unknown:
+            return str(unknown)
+    words = [_WORDS[name] for name in re.findall(r"<class '(\w+)'>", reason) if name in _WORDS]
+    return f"{option} takes {words[0]}, not '{value}'" if words else " ".join(error.split())
 
 
 def _kind(hint: Any) -> str:
@@ -269,17 +357,7 @@ def _kind(hint: Any) -> str:
     if get_origin(hint) is Literal or get_origin(choices[0]) is Literal:
         names = get_args(choices[0]) or choices
         return f"one of {', '.join(names)}"
-    return _WORDS.get(choices[0], str(choices[0]))
-
-
-def _given(given: list[str], key: str) -> str | None:
-    option = f"--{key.replace('_', '-')}"
-    for index, word in enumerate(given):
-        if word == option and index + 1 < len(given):
-            return given[index + 1]
-        if word.startswith(option + "="):
-            return word.partition("=")[2]
-    return None
+    return _WORDS.get(choices[0].__name__, str(choices[0]))
 
 
 def _near(word: str, words: Any) -> str:

@@ -14,8 +14,9 @@ __all__ = [
     "train",
 ]
 
+import contextlib
+import io
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import pyro
 import torch
 import yaml
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Independent, constraints
 from torch.nn.functional import one_hot
 
 from pyro_vae import checkpoints, plots
@@ -35,7 +36,7 @@ from pyro_vae.evaluation import bound
 from pyro_vae.parts import Blueprint, Part, make
 from pyro_vae.testing import elementary
 from pyro_vae.training import fit
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, as_pyro
 
 Binarisation = Literal["dynamic", "threshold", "none"]
 Activation = Literal["ELU", "GELU", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh"]
@@ -79,17 +80,16 @@ class Run:
 
     def split(self, name: SplitName) -> Split:
         """One split of the run's data, or of others of the same shape, on its device."""
-        path = self.path(None, "config.yaml")
+        path = Path(self.run) / "config.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"'{self.run}' has no config.yaml, which names its data")
         try:
-            settings = dict(yaml.safe_load(path.read_text()))
+            settings = {**yaml.safe_load(path.read_text())}
             view = _VIEWS[settings["binarisation"]]
-            if self.data or self.data_dir:
-                source = self.data or settings["data"]
-                settings |= {"data": source, "data_dir": self.data_dir}
+            settings["data"] = self.data or settings["data"]
+            settings["data_dir"] = self.data_dir or settings["data_dir"]
             dataset = _dataset(settings).viewed(view)
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{path}' is damaged: {error!r}") from error
         if dataset.shape != self.blueprint.shape:
             raise ValueError(
@@ -113,9 +113,17 @@ class Run:
         chosen = torch.arange(count) % classes if label is None else torch.full([count], label)
         return (one_hot(chosen, classes).float().to(_device(self.device)),)
 
-    def path(self, out: str | None, name: str) -> Path:
+    def path(self, out: str | None, name: str, *, also: Sequence[str] = ()) -> Path:
         """Where to write: the path that the user gave, or a name in the run's folder."""
-        return Path(out) if out else Path(self.run) / name
+        path = Path(out) if out else Path(self.run) / name
+        endings = [Path(name).suffix, *also]
+        if path.suffix not in endings:
+            raise ValueError(
+                f"give --out a name that ends in {' or '.join(endings)}, not '{path}'"
+            )
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder '{path.parent}' to write to; make it")
+        return path
 
 
 def train(
@@ -185,8 +193,9 @@ def train(
     place = _device(device)
     settings: dict[str, Any] = {
         "data": str(Path(data).resolve()) if data not in SOURCES and Path(data).exists() else data,
-        "data_dir": data_dir, "top": top, "validation": validation, "test": test,
-        "ordered": ordered, "seed": seed, "conditional": conditional,
+        "data_dir": data_dir and str(Path(data_dir).expanduser().resolve()), "top": top,
+        "validation": validation, "test": test, "ordered": ordered, "seed": seed,
+        "conditional": conditional,
     }  # fmt: skip
     dataset = _dataset(settings)
     pyro.set_rng_seed(seed)
@@ -209,7 +218,7 @@ def train(
         vae.likelihood.centre(dataset.train.mean())  # type: ignore[operator]
     vae.to(place)
     target = make(objective, "objective")
-    run = checkpoints.create(out or _free(dataset.name))
+    run = Path(out or _free(dataset.name))
     settings |= {
         "binarisation": binarisation, "latent": latent, "hidden": list(hidden),
         "channels": list(channels), "activation": activation, "output_bias": output_bias,
@@ -219,9 +228,12 @@ def train(
         "batch_size": batch_size, "warmup": warmup, "clip": clip, "patience": patience,
         "device": device, "out": str(run),
     }  # fmt: skip
+    config = _dumped(settings)
+    created = [path for path in (run, *run.parents) if not path.exists()]
+    checkpoints.create(run)
     print(f"{_summary(dataset)}, binarisation: {binarisation}\n{_parts(vae, blueprint)}")
     try:
-        checkpoints.write(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())
+        checkpoints.write(run / "config.yaml", config)
         checkpoints.describe(run, blueprint)
         rows = fit(
             vae,
@@ -239,10 +251,9 @@ def train(
             seed=seed,
             run=run,
         )
-    except (ValueError, TypeError):
+    finally:
         if not (run / "metrics.jsonl").exists():  # refused before the first step
-            shutil.rmtree(run)
-        raise
+            _withdraw(run, created)
     vae.eval()
     shown = (dataset.test if len(dataset.test) else dataset.train).to(place)
     if len(dataset.test):
@@ -278,11 +289,12 @@ def sample(run: Run, *, count: int = 64, label: int | None = None, out: str | No
         out: File to write, .png or .npy (default: samples.png in the run's folder).
     """
     _check_count(count)
+    target = run.path(out, "samples.png", also=[".npy"])
     vae, context = run.vae(), run.labels(count, label)
-    target = run.path(out, "samples.png")
     if target.suffix == ".npy":
-        with target.open("wb") as file:
-            np.save(file, vae.sample(count, *context).numpy(force=True))
+        content = io.BytesIO()
+        np.save(content, vae.sample(count, *context).numpy(force=True))
+        checkpoints.write(target, content.getvalue())
         print(target)
         return
     x = vae.sample(count, *context, mean=True)
@@ -301,10 +313,10 @@ def reconstruct(
         split: Split to take them from.
         out: File to write (default: reconstructions.png in the run's folder).
     """
+    target = run.path(out, "reconstructions.png")
     vae = run.vae()
     x, *context = _some(run.split(split), count, run.seed)
     rows = {"data": x, "reconstruction": vae.reconstruct(x, *context)}
-    target = run.path(out, "reconstructions.png")
     _print_paths([plots.save(plots.strip(rows), target)])
 
 
@@ -328,6 +340,7 @@ def interpolate(
     if steps < 2:
         raise ValueError(f"a line has at least 2 steps, not {steps}")
     _check_count(count)
+    target = run.path(out, "interpolations.png")
     vae = run.vae()
     x, *context = _some(run.split(split), 2 * count, run.seed)
     with torch.no_grad():
@@ -336,7 +349,6 @@ def interpolate(
         z = torch.lerp(start[:, None], end[:, None], line)
         between = [c[:count, None].expand(-1, steps, -1) for c in context]
         means = vae.decode(z, *between).mean.flatten(0, 1)
-    target = run.path(out, "interpolations.png")
     _print_paths([plots.save(plots.grid(means, steps), target)])
 
 
@@ -360,10 +372,10 @@ def manifold(
             f"a manifold needs 2 latents and '{run.run}' has {run.blueprint.latent}; "
             f"try interpolate"
         )
+    target = run.path(out, "manifold.png")
     label = 0 if label is None and run.blueprint.context else label
     vae, context = run.vae(), run.labels(side**2, label)
-    figure = plots.manifold(_grid(vae, side, *context), side)
-    _print_paths([plots.save(figure, run.path(out, "manifold.png"))])
+    _print_paths([plots.save(plots.manifold(_grid(vae, side, *context), side), target)])
 
 
 def encode(run: Run, *, split: SplitName = "test", out: str | None = None) -> None:
@@ -374,6 +386,7 @@ def encode(run: Run, *, split: SplitName = "test", out: str | None = None) -> No
         split: Split to encode.
         out: File to write (default: codes.npz in the run's folder).
     """
+    target = run.path(out, "codes.npz")
     vae, part = run.vae(), run.split(split)
     with torch.no_grad():
         codes = [vae.encode(*batch) for batch in _batches(part)]
@@ -382,11 +395,11 @@ def encode(run: Run, *, split: SplitName = "test", out: str | None = None) -> No
         arrays["scale"] = torch.cat([q.stddev for q in codes])
     if part.labels is not None:
         arrays["labels"] = part.labels
-    target = run.path(out, "codes.npz")
-    content: dict[str, Any] = {key: value.numpy(force=True) for key, value in arrays.items()}
-    with target.open("wb") as file:
-        np.savez(file, **content)
-    print(f"{target}: " + ", ".join(f"{key} {each.shape}" for key, each in content.items()))
+    values: dict[str, Any] = {key: value.numpy(force=True) for key, value in arrays.items()}
+    content = io.BytesIO()
+    np.savez(content, **values)
+    checkpoints.write(target, content.getvalue())
+    print(f"{target}: " + ", ".join(f"{key} {each.shape}" for key, each in values.items()))
 
 
 def data(name: str | None = None, *, data_dir: str | None = None, download: bool = True) -> None:
@@ -435,12 +448,33 @@ def _free(name: str) -> Path:
     return path
 
 
+def _dumped(settings: Mapping[str, Any]) -> bytes:
+    try:
+        return yaml.safe_dump(settings, sort_keys=False).encode()
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"config.yaml holds numbers, words and lists, which {error.args[-1]!r} is none of; "
+            f"put it into a class of your own"
+        ) from error
+
+
+def _withdraw(run: Path, created: Sequence[Path]) -> None:
+    """Leave things as they were before a run that was refused."""
+    for name in ("config.yaml", "model.json"):
+        (run / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # of a folder that another run uses meanwhile
+        for path in created:
+            path.rmdir()
+
+
 @torch.no_grad()
 def _is_binary(vae: VAE, part: Split) -> bool:
-    """Whether the likelihood of the VAE takes nothing but 0 and 1."""
+    """Whether the likelihood of the VAE takes nothing but 0 and 1; random state stays."""
     context = [c[:1] for c in part.context]
-    likelihood = vae.decode(vae.prior(*context).sample().reshape(1, -1), *context)
-    return elementary(likelihood.support) is constraints.boolean  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        z = as_pyro(vae.prior(*context)).sample().reshape(1, -1)
+        likelihood = as_pyro(vae.decode(z, *context))
+    return elementary(likelihood.support) is constraints.boolean
 
 
 def _summary(dataset: Data) -> str:
@@ -498,11 +532,12 @@ def _knows(distribution: Distribution, moment: str) -> bool:
 def _grid(vae: VAE, side: int, *context: Tensor) -> Tensor:
     """Means of p(x|z) on a square of z, the first latent to the right, the second upwards."""
     prior = vae.prior(*context)
+    prior = prior.base_dist if isinstance(prior, Independent) else prior
     unit = (torch.arange(side, device=next(vae.parameters()).device) + 0.5) / side
     right, up = torch.meshgrid(unit, unit.flip(0), indexing="xy")
     square = torch.stack([right, up], -1).flatten(0, 1)
     try:
-        z = getattr(prior, "base_dist", prior).icdf(square)
+        z = prior.icdf(square)
     except NotImplementedError:
         z = torch.distributions.Normal(0.0, 1.0).icdf(square)
     return vae.decode(z, *context).mean

@@ -51,8 +51,15 @@ class Part:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Part:
-        """Return the part that a configuration gives as ``class_path`` and ``init_args``."""
-        return cls(values["class_path"], dict(values.get("init_args") or {}))
+        """Return the part that a configuration gives as ``class_path`` and ``init_args``.
+
+        Raises:
+            ValueError: There is something else.
+        """
+        part = cls(values["class_path"], dict(values.get("init_args") or {}))
+        if unknown := sorted(set(values) - {"class_path", "init_args"}):
+            raise ValueError(f"'{part.name}' has class_path and init_args, and no '{unknown[0]}'")
+        return part
 
     def plain(self) -> dict[str, Any]:
         """Return ``class_path`` and ``init_args``, for a configuration."""
@@ -151,9 +158,17 @@ class Blueprint:
         """
         try:
             parts = {key: Part(**values[key]) for key in _PARTS}
-            return cls(**{**values, **parts, "shape": tuple(values["shape"])})
+            found = cls(**{**values, **parts, "shape": tuple(values["shape"])})
+            widths = (*found.shape, *found.hidden, *found.channels)
+            sizes = (*widths, found.latent, found.context, found.rows)
         except (TypeError, KeyError) as error:
             raise ValueError(f"this is no description of a VAE: {error}") from error
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            raise ValueError(f"this is no description of a VAE: its sizes are {sizes}")
+        for key, part in parts.items():
+            if not (isinstance(part.name, str) and isinstance(part.options, Mapping)):
+                raise ValueError(f"this is no description of a VAE: its {key} is {part}")
+        return found
 
     def _encoder(self, output: tuple[int, ...]) -> nn.Module:
         options: dict[str, Any] = {"context": self.context, "activation": self._activation}
@@ -202,7 +217,7 @@ def find(name: str, kind: str, *, allow: Collection[str] | None = None) -> type:
         )
     try:
         found = getattr(importlib.import_module(module), last)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's own file raises
         raise ValueError(f"{kind} '{name}' cannot be imported: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, interface)):
         raise TypeError(
@@ -216,7 +231,8 @@ def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given
     """Construct an objective, optimiser or schedule from its part and what it is `given`.
 
     Raises:
-        ValueError: As for `find`, or an option that it does not take or refuses.
+        ValueError: As for `find`, or an option that it does not take or refuses, or a class
+            whose ``step`` needs an argument, which a training loop cannot know.
         TypeError: As for `find`, or something that it needs is missing.
         PermissionError: As for `find`.
     """
@@ -227,7 +243,14 @@ def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given
         for key, value in part.options.items()
     }
     at_hand = {key: cast("Callable[[], Any]", lambda v=value: v) for key, value in given.items()}
-    return _construct(find(part.name, kind, allow=allow), Part(part.name, options), at_hand)
+    found = find(part.name, kind, allow=allow)
+    needs = [key for key in _required(getattr(found, "step", lambda: None)) if key != "self"]
+    if needs:
+        raise ValueError(
+            f"{part.name} cannot train here, since its step needs {', '.join(needs)}; choose "
+            f"another {kind}"
+        )
+    return _construct(found, Part(part.name, options), at_hand)
 
 
 def _named(kind: str) -> dict[str, type]:
@@ -259,19 +282,33 @@ def _outputs(part: Any, size: Any, options: Part) -> tuple[int, ...]:
     return shape
 
 
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Names of the parameters that have no default."""
+    parameters = inspect.signature(function).parameters.items()
+    return [key for key, each in parameters if each.default is each.empty and not _is_rest(each)]
+
+
+def _is_rest(parameter: inspect.Parameter) -> bool:
+    """Whether it stands for any number of arguments, ``*args`` or ``**kwargs``."""
+    return parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+
+
 def _construct(part: type, options: Part, at_hand: Mapping[str, Callable[[], Any]]) -> Any:
     parameters = inspect.signature(part).parameters
-    free = {key: value for key, value in parameters.items() if key not in at_hand}
+    free = [key for key, each in parameters.items() if key not in at_hand and not _is_rest(each)]
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     for key in options.options:
-        if key not in free:
+        if key in at_hand or not (key in free or takes_any):
             takes = f"it takes {', '.join(free)}" if free else "it takes none"
             raise ValueError(f"{options.name} takes no option '{key}'; {takes}")
-    missing = [key for key, value in free.items() if value.default is value.empty]
-    missing = [key for key in missing if key not in options.options]
+    missing = [key for key in _required(part) if key in free and key not in options.options]
     if missing:
         raise TypeError(
             f"{options.name} needs {', '.join(missing)}: give it as an option; what it gets by "
             f"name are {', '.join(at_hand)}"
         )
     given = {key: value() for key, value in at_hand.items() if key in parameters}
-    return part(**given, **options.options)
+    try:
+        return part(**given, **options.options)
+    except TypeError as error:
+        raise TypeError(f"{options.name} cannot be set up: {error}") from error

@@ -46,12 +46,13 @@ def curves(rows: Sequence[Mapping[str, float]]) -> Figure:
         right.plot(samples, [-row["reconstruction"] for row in rows], mark + "-", color="C2")
         right.set_ylabel("minus reconstruction, nats", color="C2")
         twin = right.twinx()
-        twin.plot(samples, [row["kl"] for row in rows], mark + "-", color="C3")
+        cross = mark and "x"  # on a single epoch both scales put their mark in the middle
+        twin.plot(samples, [row["kl"] for row in rows], cross + "-", color="C3")
         twin.set_ylabel("KL, nats", color="C3")
         right.set_title("halves of the validation bound")
     else:
         right.set_axis_off()
-    left.set_ylim(bottom=_floor([row.get("elbo", -row["loss"]) for row in rows]))
+    left.set_ylim(_limits([value for row in rows for value in (row.get("elbo"), -row["loss"])]))
     left.set_ylabel("nats per datum")
     left.set_title("evidence lower bound")
     left.legend()
@@ -141,10 +142,11 @@ def _heat_map(x: Tensor) -> Figure:
     return figure
 
 
-def _floor(values: Sequence[float]) -> float | None:
+def _limits(values: Sequence[float | None]) -> tuple[float, float] | None:
     """Where to cut the axis, so that the first epochs do not flatten the rest."""
-    finite = sorted(value for value in values if math.isfinite(value))
-    if len(finite) < 5:
+    finite = sorted(value for value in values if value is not None and math.isfinite(value))
+    if len(finite) < 10:
         return None
     low, high = finite[len(finite) // 10], finite[-1]
-    return low - 0.5 * (high - low)
+    span = high - low or 1.0
+    return low - 0.5 * span, high + 0.1 * span

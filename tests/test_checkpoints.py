@@ -1,0 +1,206 @@
+"""Run folders: what is saved comes back, what is damaged or foreign is refused."""
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+
+from pyro_vae import checkpoints, load, restore
+from pyro_vae.parts import Blueprint, Part
+
+SMALL = {"shape": (1, 8, 8), "latent": 2, "hidden": (16,)}
+
+
+def write_run(folder, blueprint):
+    """A run whose weights and buffers are all drawn at random, and its VAE."""
+    vae = blueprint.build().eval()
+    for tensor in vae.state_dict().values():
+        tensor.normal_()
+    checkpoints.describe(checkpoints.create(folder), blueprint)
+    checkpoints.save(vae, folder / "best.safetensors")
+    return vae
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_run(tmp_path / "run", Blueprint(**SMALL))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"channels": (3, 5), "context": 10, "activation": "SiLU"},
+        {"prior": Part("Normal", {"learned": True})},
+        {"likelihood": Part("Normal")},
+        {"likelihood": Part("Normal", {"per_element": True, "bounded": True, "floor": 0.1})},
+    ],
+    ids=["buffers", "convolutions", "learned prior", "learned scale", "scale of each element"],
+)
+def test_a_run_opens_bit_for_bit_as_it_was_saved(options, tmp_path):
+    blueprint = Blueprint(**{**SMALL, **options})
+    saved, opened = write_run(tmp_path / "run", blueprint), load(tmp_path / "run")
+    x, context = torch.rand(5, 1, 8, 8), [torch.rand(5, 10)] * bool(blueprint.context)
+    z = saved.encode(x, *context).mean
+    for before, after in (
+        (saved.encode(x, *context), opened.encode(x, *context)),
+        (saved.decode(z, *context), opened.decode(z, *context)),
+        (saved.prior(*context), opened.prior(*context)),
+    ):
+        assert torch.equal(before.mean, after.mean)
+        assert torch.equal(before.variance, after.variance)
+    assert not any(module.training for module in opened.modules())
+
+
+def test_buffers_are_saved_beside_the_parameters(run):
+    opened = load(run)
+    assert set(dict(opened.prior.named_buffers())) == {"loc", "log_scale"}
+    assert opened.prior.loc.abs().min() > 0
+
+
+def test_the_last_weights_open_by_name(run):
+    last = Blueprint(**SMALL).build()
+    checkpoints.save(last, run / "last.safetensors")
+    opened = load(run, weights="last").state_dict()
+    assert all(torch.equal(opened[key], value) for key, value in last.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:4],
+        lambda content: content[:200],
+        lambda content: content[:-4],
+        lambda content: content + b"more",
+        lambda content: b"hello, these are no weights",
+        lambda content: struct.pack("<Q", 2**62) + content[8:],
+        lambda content: struct.pack("<Q", 10**8) + content[8:],
+        lambda content: content[:8] + b"?" + content[9:],
+    ],
+)
+def test_damaged_weights_are_refused(damage, run):
+    path = run / "best.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"best\.safetensors' is damaged: "):
+        load(run)
+
+
+@pytest.mark.parametrize("other", [{"latent": 3}, {"hidden": (16, 16)}, {"channels": (4,)}])
+def test_weights_of_another_model_are_refused(other, run):
+    checkpoints.save(Blueprint(**{**SMALL, **other}).build(), run / "best.safetensors")
+    with pytest.raises(ValueError, match=r"best\.safetensors' holds the weights of another model"):
+        load(run)
+
+
+def test_weights_go_into_a_module_of_ones_own(tmp_path):
+    saved, fresh = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    checkpoints.save(saved, tmp_path / "linear.safetensors")
+    restore(fresh, tmp_path / "linear.safetensors")
+    assert torch.equal(fresh.weight, saved.weight)
+    assert torch.equal(fresh.bias, saved.bias)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"\xff\xfe",
+        b'{"shape": [1, 8, 8]}',
+        b'{"format": 1}',
+        b'{"format": 1, "shape": [1, 8, 8], "prior": 3}',
+    ],
+)
+def test_a_damaged_description_is_refused(content, run):
+    (run / "model.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.json' is damaged: "):
+        load(run)
+
+
+def test_a_description_of_a_later_format_is_refused(run):
+    (run / "model.json").write_text(json.dumps({"format": 2, "parts": ["of", "the", "future"]}))
+    with pytest.raises(ValueError, match="has format 2 and this version reads format 1"):
+        load(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("os.system", {"command": "touch {marker}"}),
+        ("subprocess.Popen", {"args": ["touch", "{marker}"]}),
+        ("pathlib.Path.touch", {"self": "{marker}"}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["prior", "likelihood", "posterior"])
+def test_a_description_runs_no_program(kind, name, options, run, tmp_path):
+    marker, path = tmp_path / "marker", run / "model.json"
+    part = json.dumps({"name": name, "options": options}).replace("{marker}", str(marker))
+    path.write_text(json.dumps({**json.loads(path.read_text()), kind: json.loads(part)}))
+    module = name.rpartition(".")[0]
+    with pytest.raises(PermissionError, match=f"'{name}' lies outside this package"):
+        load(run)
+    with pytest.raises((TypeError, ValueError), match=f"'{name}' (is no|cannot be imported)"):
+        load(run, allow=[module])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("model.json", "run' is no run: there is no file 'model.json' in it"),
+        ("best.safetensors", r"there are no weights at '.*best\.safetensors'"),
+    ],
+)
+def test_a_missing_file_is_named(missing, words, run):
+    (run / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=words):
+        load(run)
+
+
+def test_a_missing_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere' is no run"):
+        load(tmp_path / "nowhere")
+
+
+def test_create_makes_new_folders_and_takes_empty_ones(tmp_path):
+    folder = tmp_path / "runs" / "first"
+    assert checkpoints.create(folder) == folder
+    assert folder.is_dir()
+    assert checkpoints.create(str(folder)) == folder
+
+
+@pytest.mark.parametrize("place", ["full", "full/file"])
+def test_create_refuses_what_is_there_and_leaves_it(place, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("precious")
+    with pytest.raises(FileExistsError, match=f"{place}' exists and is no empty folder"):
+        checkpoints.create(tmp_path / place)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+    assert (tmp_path / "full" / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("error", [OSError("the disk is full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("before", [None, b"the old file"])
+def test_write_fails_without_a_trace(error, before, tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise error
+
+    path = tmp_path / "file"
+    if before:
+        checkpoints.write(path, before)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(type(error)):
+        checkpoints.write(path, b"the new file")
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [before] * bool(before)
+
+
+def test_write_replaces_the_old_file(tmp_path):
+    for content in (b"the old file", b"new"):
+        checkpoints.write(tmp_path / "file", content)
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"new"]

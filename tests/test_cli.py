@@ -1,0 +1,780 @@
+"""The command line: what every command of `pyro_vae.commands` does, and how it refuses."""
+
+import contextlib
+import errno
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pyro
+import pytest
+import torch
+import yaml
+from PIL import Image
+from scipy.stats import norm
+from torch.nn.functional import one_hot
+
+from pyro_vae import bound, checkpoints, commands, data, fit, load, objectives, plots
+from pyro_vae.cli import COMMANDS, main
+from pyro_vae.parts import Blueprint, Part
+
+QUICK = "train --epochs 1 --hidden 32 --latent 2"
+PICTURES = ["curves.png", "samples.png", "reconstructions.png", "strip.png"]
+FILES = ["config.yaml", "model.json", "metrics.jsonl", "best.safetensors", "last.safetensors"]
+MY_FILE = """
+import math
+
+import pyro.distributions as dist
+import torch
+from pyro_vae.priors import Prior
+
+
+class MyPrior(Prior):
+    def __init__(self, latent: int, width: float = 1.0) -> None:
+        super().__init__()
+        self.latent, self.width = latent, width
+
+    def forward(self, *context):
+        return dist.Normal(torch.zeros(self.latent), self.width).to_event(1)
+
+
+class Spoiling(MyPrior):
+    def forward(self, *context):
+        self.width = math.nan if self.training and self.calls > 20 else 1.0
+        self.calls += self.training
+        return super().forward(*context)
+
+    calls = 0
+
+
+class Untyped(MyPrior):
+    def __init__(self, latent, size):
+        super().__init__(latent)
+
+
+class Named(MyPrior):
+    def __init__(self, latent: int, name: str) -> None:
+        super().__init__(latent)
+        self.name = name
+
+
+class Mistaken(MyPrior):
+    def forward(self, *context):
+        return self.nothing
+
+
+class Stopping(torch.optim.SGD):
+    calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        if self.calls > 20:
+            raise KeyboardInterrupt
+        return super().step(closure)
+
+
+def decay(epoch: int) -> float:
+    return 0.9**epoch
+"""
+INTRUDER = """
+from pathlib import Path
+from pyro_vae.objectives import Trace_ELBO
+
+Path("marker").touch()
+
+
+class Objective(Trace_ELBO):
+    pass
+
+
+def decay(epoch):
+    return 1.0
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A current folder without a file; the module path is put back at the end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    return tmp_path
+
+
+@pytest.fixture
+def my_file(here):
+    """A module of the user's own in the current folder."""
+    (here / "my_file.py").write_text(MY_FILE)
+    yield
+    sys.modules.pop("my_file", None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trains once for each line of options; its folder and what it printed."""
+    runs = {}
+
+    def train(options):
+        if options not in runs:
+            folder = tmp_path_factory.mktemp("runs") / "run"
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                assert main([*QUICK.split(), *options.split(), "--out", str(folder)]) == 0
+            runs[options] = folder, output.getvalue()
+        return runs[options]
+
+    return train
+
+
+@pytest.fixture
+def run(trained):
+    """The folder of a run with two latents on binarised digits."""
+    return trained("")[0]
+
+
+@pytest.fixture
+def grey(trained):
+    """The folder of a run with three latents on grey digits."""
+    return trained("--likelihood Normal --latent 3")[0]
+
+
+@pytest.fixture
+def labelled(trained):
+    """The folder of a conditional run."""
+    return trained("--conditional")[0]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the commands hand to the pictures, by the name of the function."""
+    seen = {}
+
+    def draw(name, true, *arguments):
+        seen[name] = arguments
+        return true(*arguments)
+
+    for name in ("grid", "strip", "manifold"):
+        monkeypatch.setattr(plots, name, partial(draw, name, getattr(plots, name)))
+    return seen
+
+
+def call(line, **places):
+    """Run a command line, words in braces replaced by their places."""
+    return main([word.format(**places) for word in line.split()])
+
+
+def refusal(status, line, capsys, **places):
+    """The one sentence on stderr of a command line that fails with this status."""
+    capsys.readouterr()
+    assert call(line, **places) == status
+    lines = capsys.readouterr().err.removesuffix("\n").split("\n")
+    (said,) = (line for line in lines if "img/s" not in line)  # the progress bar aside
+    assert said.startswith("pyro-vae: ")
+    return said
+
+
+def opened(folder, seed=0):
+    """The VAE of a run, with all random generators seeded afterwards."""
+    vae = load(folder)
+    pyro.set_rng_seed(seed)
+    return vae
+
+
+def weights(folder, name="last"):
+    return (folder / f"{name}.safetensors").read_bytes()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def configuration(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def readable(path):
+    with Image.open(path) as image:
+        image.load()
+        return image.format == "PNG" and min(image.size) > 1
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# What training leaves behind
+
+
+def test_training_leaves_a_whole_run(trained):
+    folder, output = trained("")
+    pictures = [*PICTURES, "manifold.png"]
+    assert {*FILES, *pictures} <= {path.name for path in folder.iterdir()}
+    assert output.splitlines()[-6:] == ["pictures:", *(f"  {folder / name}" for name in pictures)]
+    assert all(readable(folder / name) for name in pictures)
+    (row,) = metrics(folder)
+    assert row["samples"] == 1437
+    assert row["elbo"] == pytest.approx(row["reconstruction"] - row["kl"])
+
+
+def test_runs_are_numbered_in_the_current_folder(here):
+    for _ in range(2):
+        assert call(f"{QUICK} --latent 3 --test 0 --validation 0") == 0
+    assert {path.name for path in (here / "runs").iterdir()} == {"digits-1", "digits-2"}
+    assert all(readable(here / "runs" / "digits-2" / name) for name in PICTURES)
+    assert "elbo" not in metrics(here / "runs" / "digits-1")[0]
+
+
+@pytest.mark.parametrize("options", ["", "--conditional"])
+def test_a_run_repeats_bit_for_bit_from_its_configuration(options, trained, here):
+    folder, _ = trained(options)
+    assert call("train --config {run}/config.yaml --out again", run=folder) == 0
+    assert weights(here / "again") == weights(folder)
+    assert weights(here / "again", "best") == weights(folder, "best")
+    again, first = (configuration(run) for run in (here / "again", folder))
+    assert {**again, "out": None} == {**first, "out": None}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--config {run}/config.yaml --epochs 2 --prior.learned true",
+        "--epochs 2 --prior.learned true --config {run}/config.yaml",
+        "--epochs 2 --config={run}/config.yaml --prior.learned true",
+    ],
+)
+def test_options_count_more_than_the_configuration_wherever_they_stand(line, run, capsys):
+    with pytest.raises(SystemExit):
+        call(f"train {line} --print_config", run=run)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["epochs"], printed["hidden"]) == (2, [32])
+    assert printed["prior"]["init_args"] == {"learned": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "parts", "settings"),
+    [
+        ("--objective TraceMeanField_ELBO", {}, {"objective": objectives.TraceMeanField_ELBO()}),
+        (
+            "--objective BetaELBO --objective.weight 4 --warmup 0 --clip 9",
+            {},
+            {"objective": objectives.BetaELBO(4.0), "warmup": 0.0, "clip": 9.0},
+        ),
+        (
+            "--optimizer SGD --optimizer.momentum 0.9 --lr 1e-4",
+            {},
+            {"optimizer": partial(torch.optim.SGD, lr=1e-4, momentum=0.9)},
+        ),
+        ("--likelihood Normal", {"likelihood": Part("Normal")}, {}),
+        (
+            "--likelihood Normal --likelihood.per_element true --likelihood.bounded true",
+            {"likelihood": Part("Normal", {"per_element": True, "bounded": True})},
+            {},
+        ),
+        ("--prior Normal --prior.learned true", {"prior": Part("Normal", {"learned": True})}, {}),
+        ("--channels 3 5 --batch-size 200", {"channels": (3, 5)}, {"batch_size": 200}),
+    ],
+)
+def test_options_train_as_the_library_does(options, parts, settings, here):
+    assert call(f"{QUICK} --latent 3 {options} --out run") == 0
+    pyro.set_rng_seed(0)
+    vae = Blueprint((1, 8, 8), latent=3, hidden=(32,), rows=1437, **parts).build()
+    view = data.plain if "likelihood" in parts else data.dynamic
+    fit(vae, data.load("digits", view=view), epochs=1, progress=False, **settings)
+    opened = load(here / "run").state_dict()
+    assert all(torch.equal(opened[key], value) for key, value in vae.state_dict().items())
+
+
+def test_a_schedule_sets_the_learning_rate_of_each_epoch(here):
+    options = "--schedule CosineAnnealingLR --schedule.T_max 3 --epochs 3 --lr 0.01 --out run"
+    assert call(f"{QUICK} {options}") == 0
+    rates = [row["learning_rate"] for row in metrics(here / "run")]
+    assert rates == pytest.approx(0.005 * (1 + np.cos(np.pi * np.arange(3) / 3)))
+
+
+def test_an_output_bias_starts_at_the_training_mean(here):
+    assert call(f"{QUICK} --output-bias --lr 0 --out run") == 0
+    mean = data.load("digits").train.mean().clamp(1e-3, 1 - 1e-3)
+    bias = load(here / "run").likelihood.network.last.bias
+    assert torch.allclose(bias.sigmoid(), mean.flatten(), atol=1e-5)
+
+
+def test_a_file_of_vectors_trains_and_is_found_again_from_elsewhere(here, monkeypatch, capsys):
+    np.save("points.npy", np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32))
+    assert call("train --data points.npy --likelihood Normal --epochs 1 --out run") == 0
+    assert all(readable(here / "run" / name) for name in PICTURES)
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert call("evaluate ../run --split train") == 0
+    assert "160 data" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_folder_of_named_data_is_remembered(here, monkeypatch, capsys):
+    rows = np.random.default_rng(0).integers(0, 2, (60, 784), np.uint8)
+    (here / "sets").mkdir()
+    np.savez("sets/binarized_mnist.npz", train=rows[:40], valid=rows[40:50], test=rows[50:])
+    options = "--data binarized-mnist --data-dir sets --batch-size 40 --out run"
+    assert call(f"{QUICK} {options}") == 0
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    for options in ("", "--data binarized-mnist", "--data-dir ../sets"):
+        assert call(f"evaluate ../run {options}") == 0
+        assert "10 data" in capsys.readouterr().out.splitlines()[-1]
+
+
+# What the other commands do with a run
+
+
+@pytest.mark.parametrize(("split", "particles"), [("test", 10), ("train", 2)])
+def test_evaluate_prints_the_bound_of_the_vae_that_load_gives(split, particles, run, capsys):
+    assert call(f"evaluate {{run}} --split {split} --particles {particles}", run=run) == 0
+    part = getattr(data.load("digits", view=data.dynamic), split)
+    batches = part.batches(1000, torch.Generator().manual_seed(0))
+    values = bound(opened(run), batches, particles=particles).summary()
+    assert capsys.readouterr().out == (
+        f"{split}: ELBO {values['elbo']:.2f} ± {values['standard_error']:.2f}, reconstruction "
+        f"{values['reconstruction']:.2f}, KL {values['kl']:.2f} "
+        f"(nats, per datum, {len(part):,} data)\n"
+    )
+
+
+def test_evaluate_takes_other_weights_and_other_data(trained, here, capsys):
+    folder, _ = trained("--likelihood Normal --latent 3")
+    np.save("black.npy", np.zeros((50, 8, 8), np.float32))
+    for options in ("", "--weights last", "--data black.npy", "--seed 1"):
+        assert call(f"evaluate {{run}} {options}", run=folder) == 0
+    first, last, black, other = capsys.readouterr().out.splitlines()
+    assert first == last  # of a single epoch
+    assert black.endswith("5 data)")
+    assert len({first, black, other}) == 3
+
+
+def test_sample_draws_means_and_values(run, drawn, here, capsys):
+    assert call("sample {run} --count 9 --out means.png", run=run) == 0
+    assert call("sample {run} --count 9 --out values.npy --seed 1", run=run) == 0
+    assert capsys.readouterr().out == "pictures:\n  means.png\nvalues.npy\n"
+    assert torch.equal(drawn["grid"][0], opened(run).sample(9, mean=True))
+    assert readable(here / "means.png")
+    assert np.array_equal(np.load("values.npy"), opened(run, seed=1).sample(9).numpy())
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "columns"),
+    [("", [*range(10), *range(5)], 10), ("--label 3", [3] * 15, None)],
+)
+def test_sample_draws_the_label_or_each_in_turn(options, labels, columns, labelled, drawn):
+    assert call(f"sample {{run}} --count 15 --out a.png {options}", run=labelled) == 0
+    codes = one_hot(torch.tensor(labels), 10).float()
+    assert torch.equal(drawn["grid"][0], opened(labelled).sample(15, codes, mean=True))
+    assert drawn["grid"][1] == columns
+
+
+def test_reconstruct_draws_data_above_their_reconstructions(grey, drawn, here):
+    assert call("reconstruct {run} --count 6 --out a.png --split validation", run=grey) == 0
+    (rows,) = drawn["strip"]
+    assert list(rows) == ["data", "reconstruction"]
+    given = data.load("digits").validation.batch()[0]
+    assert all((given == x).flatten(1).all(1).any() for x in rows["data"])
+    assert torch.equal(rows["reconstruction"], opened(grey).reconstruct(rows["data"]))
+    assert readable(here / "a.png")
+
+
+@torch.no_grad()
+def test_interpolate_draws_straight_lines_between_codes_of_data(grey, drawn, here):
+    assert call("interpolate {run} --count 3 --steps 5 --out a.png", run=grey) == 0
+    means, steps = drawn["grid"]
+    vae = load(grey)
+    z = vae.encode(data.load("digits").test.batch()[0]).mean
+    ends = vae.decode(z).mean.flatten(1)
+    for row in means.flatten(1).reshape(3, steps, -1):
+        first, last = (z[torch.cdist(end[None], ends).argmin()] for end in (row[0], row[-1]))
+        line = torch.stack([first + (last - first) * step / 4 for step in range(5)])
+        assert torch.allclose(row, vae.decode(line).mean.flatten(1), atol=1e-5)
+    assert readable(here / "a.png")
+
+
+@torch.no_grad()
+def test_a_manifold_spans_the_quantiles_of_the_prior(run, drawn, here):
+    assert call("manifold {run} --side 4 --out a.png", run=run) == 0
+    x, side = drawn["manifold"]
+    quantiles = norm.ppf((np.arange(4) + 0.5) / 4)
+    z = [(right, up) for up, right in itertools.product(quantiles[::-1], quantiles)]
+    expected = load(run).decode(torch.tensor(z, dtype=torch.float32)).mean
+    assert side == 4
+    assert torch.allclose(x, expected, atol=1e-6)
+    assert readable(here / "a.png")
+
+
+def test_a_manifold_shows_the_label(labelled, drawn):
+    shown = []
+    for options in ("", "--label 0", "--label 7"):
+        assert call(f"manifold {{run}} --side 3 --out a.png {options}", run=labelled) == 0
+        shown.append(drawn["manifold"][0])
+    assert torch.equal(shown[0], shown[1])
+    assert not torch.equal(shown[0], shown[2])
+
+
+def test_encode_writes_codes_scales_and_labels(grey, here, capsys):
+    assert call("encode {run} --out codes.npz", run=grey) == 0
+    test = data.load("digits").test
+    q = load(grey).encode(test.batch()[0])
+    with np.load("codes.npz") as codes:
+        assert set(codes) == {"z", "scale", "labels"}
+        assert codes["z"].shape == codes["scale"].shape == (180, 3)
+        np.testing.assert_allclose(codes["z"], q.mean.detach(), atol=1e-6)
+        np.testing.assert_allclose(codes["scale"], q.stddev.detach(), atol=1e-6)
+        np.testing.assert_array_equal(codes["labels"], test.labels)
+    assert capsys.readouterr().out == "codes.npz: z (180, 3), scale (180, 3), labels (180,)\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("sample", "samples.png"),
+        ("reconstruct", "reconstructions.png"),
+        ("interpolate", "interpolations.png"),
+        ("manifold", "manifold.png"),
+        ("encode", "codes.npz"),
+    ],
+)
+def test_a_command_writes_into_the_run_by_default(command, name, labelled, capsys):
+    (labelled / name).unlink(missing_ok=True)
+    assert call(f"{command} {{run}}", run=labelled) == 0
+    assert str(labelled / name) in capsys.readouterr().out
+    assert name.endswith(".npz") or readable(labelled / name)
+
+
+def test_data_says_what_there_is(here, capsys):
+    np.save("mine.npy", np.zeros((50, 4, 4), np.uint8))
+    assert call("data --data-dir nowhere") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(data.SOURCES)
+    assert [line.split()[0] for line in lines if "embedded" in line] == ["digits"]
+    for name, words in (("digits", "1,437 training"), ("mine.npy", "data of shape 1x4x4")):
+        assert call(f"data {name}") == 0
+        assert words in capsys.readouterr().out
+    assert [path.name for path in here.iterdir()] == ["mine.npy"]
+
+
+# Classes of the user's own
+
+
+def test_a_prior_of_ones_own_trains_and_opens_where_it_is_allowed(my_file, here, capsys):
+    assert call(f"{QUICK} --prior my_file.MyPrior --prior.width 3 --out run") == 0
+    for line in ("sample run", "train --config run/config.yaml --out again"):
+        said = refusal(2, line, capsys)
+        assert "prior 'my_file.MyPrior' lies outside this package and may run any code" in said
+        assert "--allow my_file" in said
+    assert call("sample run --allow my_file --out a.png") == 0
+    assert readable(here / "a.png")
+    assert load("run", allow=["my_file"]).prior().base_dist.scale.unique().item() == 3.0
+    assert call("train --config run/config.yaml --allow my_file --out again") == 0
+    assert weights(here / "again") == weights(here / "run")
+
+
+@pytest.mark.parametrize("allow", ["--allow my_file", "--allow=my_file", "--allow other my_file"])
+def test_modules_are_allowed_by_name(allow, my_file, here, capsys):
+    (here / "config.yaml").write_text("prior: {class_path: my_file.MyPrior}\n")
+    line = "train --config config.yaml --epochs 0 --out new"
+    assert "--allow my_file" in refusal(2, line, capsys)
+    assert "training takes at least 1 epoch" in refusal(2, f"{line} {allow}", capsys)
+
+
+NESTED = "{class_path: intruder.Objective}"
+BETA, LAMBDA = "pyro_vae.objectives.BetaELBO", "torch.optim.lr_scheduler.LambdaLR"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objective": {"class_path": "intruder.Objective"}},
+        {"objective": {"class_path": "Trace_ELBO", "dict_kwargs": {"a": "intruder.decay"}}},
+        {"objective.class_path": "intruder.Objective"},
+        {"objective": "intruder.Objective"},
+        {"config": "nested.yaml"},
+        {"schedule": {"class_path": LAMBDA, "init_args": {"lr_lambda": "intruder.decay"}}},
+        {"schedule": {"class_path": LAMBDA, "init_args": {"lr_lambda": ["intruder.decay"]}}},
+        {"schedule": {"class_path": LAMBDA, "init_args": {"lr_lambda": {"intruder.decay"}}}},
+        *(
+            {"objective": {"class_path": BETA, "init_args": {"elbo": value}}}
+            for value in ("intruder.Objective", yaml.safe_load(NESTED), NESTED, "nested")
+        ),
+    ],
+)
+def test_a_configuration_imports_nothing_that_is_not_allowed(change, run, here, capsys):
+    (here / "intruder.py").write_text(INTRUDER)
+    (here / "nested").write_text(NESTED)
+    (here / "nested.yaml").write_text(f"objective: {NESTED}\n")
+    content = {**configuration(run), **change}
+    (here / "config.yaml").write_text(yaml.safe_dump(content))
+    said = refusal(2, "train --config config.yaml --out new", capsys)
+    assert re.search("lies outside this package|no plain word|has an entry|no configuration", said)
+    assert not (here / "marker").exists()
+    assert not (here / "new").exists()
+
+
+def test_every_configuration_is_checked(run, here, capsys):
+    (here / "intruder.py").write_text(INTRUDER)
+    (here / "more.yaml").write_text(f"objective: {NESTED}\n")
+    for line in ("--config {run}/config.yaml --config more.yaml", "--conf more.yaml"):
+        assert refusal(2, f"train {line} --out new", capsys, run=run)
+    assert not (here / "marker").exists()
+    line = (
+        "train --config {run}/config.yaml --config more.yaml --allow intruder --epochs 0 --out new"
+    )
+    assert "training takes at least 1 epoch" in refusal(2, line, capsys, run=run)
+    assert (here / "marker").exists()
+    del sys.modules["intruder"]
+
+
+@pytest.mark.parametrize("name", ["my_file.py", "intruder.Objective", "a: b"])
+def test_text_for_a_class_of_ones_own_may_be_anything(name, my_file, here, capsys):
+    prior = {"class_path": "my_file.Named", "init_args": {"name": name}}
+    (here / "config.yaml").write_text(yaml.safe_dump({"prior": prior}))
+    with pytest.raises(SystemExit):
+        call("train --config config.yaml --allow my_file --print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["prior"] == prior
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ("--prior my_file.MyPrior --prior.width x", 2, "--prior.width takes a number, not 'x'"),
+        ("--prior my_file.MyPrior --prior.wdth 3", 2, "MyPrior takes no option 'wdth'; it takes"),
+        ("--prior my_file.Nope", 2, "prior 'my_file.Nope' cannot be imported"),
+        ("--likelihood my_file.MyPrior", 2, "'my_file.MyPrior' is no likelihood"),
+        ("--prior my_file.Untyped --prior.size 3", 2, "parameter 'size' of my_file.Untyped must"),
+        ("--prior my_file.Mistaken", 1, "AttributeError: 'Mistaken' object has no attribute"),
+        ("--schedule LambdaLR --schedule.lr_lambda my_file.decay", 2, "numbers, words and lists"),
+    ],
+)
+def test_what_is_wrong_with_a_class_of_ones_own_is_said(
+    options, status, words, my_file, here, capsys
+):
+    assert words in refusal(status, f"{QUICK} {options} --out run", capsys)
+    assert not (here / "run").exists()
+
+
+def test_no_file_of_the_current_folder_stands_in_for_an_installed_module(my_file, here):
+    (here / "wave.py").write_text("raise RuntimeError('this is not the standard library')\n")
+    assert main(["--version"]) == 0
+    assert importlib.util.find_spec("wave").origin != str(here / "wave.py")
+    assert importlib.util.find_spec("my_file").origin == str(here / "my_file.py")
+
+
+# Misuse: one sentence, status 2, nothing written
+
+MISUSE = {
+    "trian": "unknown command 'trian'; did you mean 'train'?",
+    "help": "unknown command 'help'; there are train, evaluate",
+    "train --epohcs 1": "'train' has no option '--epohcs'; did you mean '--epochs'?",
+    "train digits": "'train' has no option 'digits'; see `pyro-vae train --help`",
+    "train --epochs": "--epochs needs a value",
+    "train --epochs 1.5": "--epochs takes a whole number, not '1.5'",
+    "train --hidden 3 x": "--hidden takes a whole number, not 'x'",
+    "train --lr fast": "--lr takes a number, not 'fast'",
+    "train --ordered=maybe": "--ordered takes no value; there is --no-ordered",
+    "train --activation RelU": "--activation takes one of ELU, GELU, LeakyReLU, ReLU",
+    "train --binarisation nne": "--binarisation takes one of dynamic, threshold, none, not 'nne'",
+    "train --data digist": "unknown data set 'digist': did you mean 'digits'?",
+    "train --data no.npy": "there is no file or folder 'no.npy'",
+    "train --prior Norml": "unknown prior 'Norml': did you mean 'Normal'?",
+    "train --likelihood Bernouli": "did you mean 'Bernoulli'?",
+    "train --posterior Normel": "unknown posterior 'Normel': did you mean 'Normal'?",
+    "train --objective Trace_ELB": "did you mean 'Trace_ELBO'?",
+    "train --optimizer Adm": "unknown optimizer 'Adm': did you mean 'Adam'?",
+    "train --schedule StepLr": "unknown schedule 'StepLr': did you mean 'StepLR'?",
+    "train --optimizer Optimizer": "unknown optimizer 'Optimizer'",
+    "train --prior no_file.Mine": "prior 'no_file.Mine' cannot be imported: No module named",
+    "train --prior os.system": "'os.system' is no prior: it must be a subclass of",
+    "train --prior pyro_vae.posteriors.Normal": "is no prior: it must be a subclass of",
+    "train --prior Normal --prior.width 3": "Normal takes no option 'width'; it takes learned",
+    "train --prior.width 3": "prior Normal takes no option 'width'; it takes learned",
+    "train --prior.learned maybe": "--prior.learned takes true or false, not 'maybe'",
+    "train --optimizer.betas 3": "--optimizer.betas takes a list, not '3'",
+    "train --schedule StepLR": "schedule StepLR needs step_size: give it by --schedule.step_size",
+    "train --schedule StepLR --schedule.step_size x": "--schedule.step_size takes a whole number",
+    "train --schedule.step_size 3": "give the schedule by --schedule before its options",
+    "train --objective BetaELBO --objective.elbo Trace": "unknown objective 'Trace'",
+    "train --objective BetaELBO --objective.elbo.num_particles 3": "the class of --objective.elbo",
+    "train --objective BetaELBO --objective.weight -1": "the weight of the KL is finite and at",
+    "train --likelihood Normal --likelihood.scale -1": "the scale of a Normal must be positive",
+    "train --optimizer SGD --optimizer.momentum -1": "Invalid momentum value: -1.0",
+    "train --optimizer LBFGS": "LBFGS cannot train here, since its step needs closure",
+    "train --latent 0": "a latent vector has at least 1 dimension, not 0",
+    "train --hidden 0": "a layer is at least 1 wide",
+    "train --batch-size 1438": "a batch size of 1438 does not fit the 1437 training data",
+    "train --epochs 0": "training takes at least 1 epoch, not 0",
+    "train --epochs 0 --out new/folder": "training takes at least 1 epoch, not 0",
+    "train --out {run}": "exists and is no empty folder",
+    "train --device cuda:99": "there is no device 'cuda:99' here; use --device cpu",
+    "train --binarisation none": "lie outside the support of Bernoulli",
+    "train --config": "--config needs a value",
+    "train --config no.yaml": "there is no configuration file 'no.yaml'",
+    "train --config {run}/model.json": "is no configuration of a run: it has an entry 'format'",
+    "train --config {run}/best.safetensors": "is no configuration of a run",
+    "evaluate": "'evaluate' needs RUN: the folder of a run, written by train",
+    "evaluate nowhere": "'nowhere' is no run: there is no file 'model.json' in it",
+    "evaluate {run} --wieghts last": "did you mean '--weights'?",
+    "evaluate {run} --split tst": "--split takes one of train, validation, test, not 'tst'",
+    "evaluate {run} --particles 0": "a bound takes at least 1 particle, not 0",
+    "evaluate {run} --device cuda:99": "there is no device 'cuda:99' here",
+    "sample {run} --count 0": "there is nothing to draw with a count of 0",
+    "sample {run} --label 3": "is not conditional: it has no --label to choose",
+    "sample {labelled} --label 10": "there is no label 10; they are 0 to 9",
+    "sample {run} --out a.jpg": "a name that ends in .png or .npy, not 'a.jpg'",
+    "sample {run} --out no/a.png": "there is no folder 'no' to write to",
+    "reconstruct {run} --count 181": "the split has 180 data, too few to draw 181",
+    "interpolate {run} --steps 1": "a line has at least 2 steps, not 1",
+    "manifold {grey}": "a manifold needs 2 latents and '{grey}' has 3; try interpolate",
+    "encode {run} --out codes.npy": "a name that ends in .npz, not 'codes.npy'",
+    "data digist": "unknown data set 'digist': did you mean 'digits'?",
+    "data no.npy": "there is no file or folder 'no.npy'",
+}
+
+
+@pytest.mark.parametrize("line", MISUSE)
+def test_misuse_is_one_sentence_and_leaves_nothing(line, run, grey, labelled, here, capsys):
+    places = {"run": run, "grey": grey, "labelled": labelled}
+    before = contents(run)
+    assert MISUSE[line].format(**places) in refusal(2, line, capsys, **places)
+    assert not list(here.iterdir())
+    assert contents(run) == before
+
+
+def test_a_refused_run_leaves_the_empty_folder_that_was_there(here, capsys):
+    (here / "mine").mkdir()
+    refusal(2, "train --epochs 0 --out mine", capsys)
+    assert [path.name for path in here.iterdir()] == ["mine"]
+    assert not list((here / "mine").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.json", "{", "model.json' is damaged"),
+        ("model.json", None, "there is no file 'model.json' in it"),
+        ("best.safetensors", "hello", "best.safetensors' is damaged"),
+        ("best.safetensors", None, "there are no weights at"),
+        ("config.yaml", None, "has no config.yaml, which names its data"),
+        ("config.yaml", "", "config.yaml' is damaged"),
+        ("config.yaml", "[", "config.yaml' is damaged"),
+        ("config.yaml", "words", "config.yaml' is damaged"),
+        ("config.yaml", "binarisation: dynamic", "config.yaml' is damaged"),
+    ],
+)
+def test_a_damaged_run_is_refused_by_its_file(name, content, words, run, here, capsys):
+    shutil.copytree(run, here / "run")
+    (here / "run" / name).unlink()
+    if content is not None:
+        (here / "run" / name).write_text(content)
+    assert words in refusal(2, "evaluate run", capsys)
+
+
+def test_data_of_another_shape_are_refused(run, capsys):
+    np.save("small.npy", np.zeros((50, 4, 4), np.float32))
+    said = refusal(2, "evaluate {run} --data small.npy", capsys, run=run)
+    assert "was trained on data of shape (1, 8, 8) and 'small' has (1, 4, 4)" in said
+
+
+def test_a_run_without_a_test_split_says_so(here, capsys):
+    assert call(f"{QUICK} --test 0 --out run") == 0
+    assert "has no test data here; choose another --split" in refusal(2, "evaluate run", capsys)
+
+
+# Failures while running: one sentence, status 1, what was finished is kept
+
+
+def test_an_interrupt_keeps_metrics_and_weights(my_file, here, capsys):
+    line = f"{QUICK} --epochs 5 --optimizer my_file.Stopping --lr 1e-4 --out run"
+    assert refusal(1, line, capsys) == "pyro-vae: stopped; what was finished is kept"
+    assert [row["epoch"] for row in metrics(here / "run")] == [1]
+    assert weights(here / "run", "last") != weights(here / "run", "best")
+    assert {path.name for path in (here / "run").glob("*.*")} >= set(FILES)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--lr 1e30", r"epoch 1, step 2, first in the (log-density of site|gradient of) '\w+'"),
+        ("--prior my_file.Spoiling", r"epoch 2, step \d+, first in .*site 'z' in the model"),
+    ],
+)
+def test_a_loss_that_is_nan_stops_with_the_last_good_weights(
+    options, words, my_file, here, capsys
+):
+    said = refusal(1, f"{QUICK} --epochs 5 {options} --out run", capsys)
+    assert re.search(f"the loss or a gradient is NaN or infinite in {words}", said)
+    opened = load("run", weights="last", allow=["my_file"])
+    assert all(value.isfinite().all() for value in opened.state_dict().values())
+
+
+def test_a_full_disk_is_one_sentence(here, monkeypatch, capsys):
+    def write(path, content):
+        if path.suffix == ".safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(content)
+
+    monkeypatch.setattr(checkpoints, "write", write)
+    said = refusal(1, f"{QUICK} --out run", capsys)
+    assert said == "pyro-vae: cannot read or write: No space left on device"
+    assert len(metrics(here / "run")) == 1
+
+
+def test_the_trace_of_an_error_is_printed_where_it_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("PYRO_VAE_TRACEBACK", "1")
+    assert call("evaluate nowhere") == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback (most recent call last)")
+    assert errors.splitlines()[-1].startswith("pyro-vae: 'nowhere' is no run")
+
+
+# Help
+
+
+def test_the_module_runs_and_names_every_command():
+    command = [sys.executable, "-m", "pyro_vae", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    assert re.findall(r"^  (\w+) ", done.stdout, re.MULTILINE) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_says_what_each_command_does(arguments, capsys):
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert all(command.__doc__.splitlines()[0] in output for command in COMMANDS.values())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_names_every_option(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    output = " ".join(capsys.readouterr().out.split())
+    options = list(inspect.signature(COMMANDS[name]).parameters)
+    if "run" in options:
+        options += inspect.signature(commands.Run).parameters
+    positional = {"run", "name"}
+    for option in options:
+        named = option if option in positional else f"--{option.replace('_', '-')}"
+        assert re.search(rf"(^| ){named}[ ,]", output)
+
+
+def test_the_configuration_that_is_printed_trains(here, capsys):
+    with pytest.raises(SystemExit):
+        call(f"{QUICK} --prior.learned true --print_config")
+    (here / "config.yaml").write_text(capsys.readouterr().out)
+    assert call("train --config config.yaml --out run") == 0
+    assert load(here / "run").prior.loc.requires_grad
+    assert len(metrics(here / "run")) == 1
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"pyro-vae \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
