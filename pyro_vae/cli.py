@@ -22,17 +22,17 @@ import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
-from pyro_vae import commands
+from pyro_vae import commands, runs
 from pyro_vae.parts import KINDS, Part, find
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": commands.train,
-    "evaluate": commands.evaluate,
-    "sample": commands.sample,
-    "reconstruct": commands.reconstruct,
-    "interpolate": commands.interpolate,
-    "manifold": commands.manifold,
-    "encode": commands.encode,
+    "evaluate": runs.evaluate,
+    "sample": runs.sample,
+    "reconstruct": runs.reconstruct,
+    "interpolate": runs.interpolate,
+    "manifold": runs.manifold,
+    "encode": runs.encode,
     "data": commands.data,
 }
 # What a constructor gets by its parameter's name, and so takes no option for.

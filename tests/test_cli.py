@@ -1,4 +1,4 @@
-"""The command line: what every command of `pyro_vae.commands` does, and how it refuses."""
+"""The command line: what every command of `commands` and `runs` does, and how it refuses."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ from PIL import Image
 from scipy.stats import norm
 from torch.nn.functional import one_hot
 
-from pyro_vae import bound, checkpoints, commands, data, fit, load, objectives, plots
+from pyro_vae import bound, checkpoints, data, fit, load, objectives, plots, runs
 from pyro_vae.cli import COMMANDS, main
 from pyro_vae.parts import Blueprint, Part
 
@@ -759,7 +759,7 @@ def test_help_of_a_command_names_every_option(name, capsys):
     output = " ".join(capsys.readouterr().out.split())
     options = list(inspect.signature(COMMANDS[name]).parameters)
     if "run" in options:
-        options += inspect.signature(commands.Run).parameters
+        options += inspect.signature(runs.Run).parameters
     positional = {"run", "name"}
     for option in options:
         named = option if option in positional else f"--{option.replace('_', '-')}"
