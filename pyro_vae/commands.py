@@ -111,7 +111,7 @@ def train(
         likelihood=likelihood,
         posterior=posterior,
     )
-    vae = blueprint.build(dataset.train.batch()[0])
+    vae = blueprint.build(dataset.train)
     settings["binarisation"] = binarisation or _default_view(vae, dataset.train)
     dataset = dataset.viewed(VIEWS[settings["binarisation"]])
     if output_bias:

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae import likelihoods, objectives, posteriors, priors
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
+from pyro_vae.splits import Split
 from pyro_vae.vae import VAE
 
 # What has a name: the interface of each kind, and the modules where its classes live.
@@ -103,12 +104,12 @@ class Blueprint:
     likelihood: Part = Part("Bernoulli")
     posterior: Part = Part()
 
-    def build(self, data: Tensor | None = None, *, allow: Collection[str] | None = None) -> VAE:
+    def build(self, data: Split | None = None, *, allow: Collection[str] | None = None) -> VAE:
         """Build the VAE, its weights drawn anew.
 
         Args:
-            data: Training values ``(N, *shape)``; zeros where they are left out, for a
-                model whose weights come from a file.
+            data: The training split, whose values a constructor may ask for; zeros where it
+                is left out, for a model whose weights come from a file.
             allow: Modules outside this package whose classes may be used; any by default.
 
         Raises:
@@ -130,9 +131,7 @@ class Blueprint:
         at_hand: dict[str, Callable[[], Any]] = {
             "latent": lambda: self.latent,
             "shape": lambda: self.shape,
-            "data": lambda: (
-                torch.zeros(()).expand(self.rows, *self.shape) if data is None else data
-            ),
+            "data": lambda: self._nothing if data is None else data.batch()[0],
             "encoder": cache(
                 lambda: self._encoder(_outputs(classes["posterior"], self.latent, self.posterior))
             ),
@@ -183,6 +182,11 @@ class Blueprint:
             return MLP(self.latent, self.hidden[::-1], output, **options)
         width = self.hidden[-1] if self.hidden else 256
         return ConvDecoder(self.latent, self.channels[::-1], output, hidden=width, **options)
+
+    @property
+    def _nothing(self) -> Tensor:
+        """Values in the shape of the training data, in the memory of one number."""
+        return torch.zeros(()).expand(self.rows, *self.shape)
 
     @property
     def _activation(self) -> Callable[[], nn.Module]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from pyro_vae import MLP, ConvDecoder, ConvEncoder, objectives, posteriors, priors
 from pyro_vae.parts import KINDS, Blueprint, Part, find, make
+from pyro_vae.splits import Split
 
 SMALL = {"shape": (1, 8, 8), "latent": 2, "hidden": (16, 12)}
 
@@ -56,7 +57,7 @@ def own(cls, **options):
 
 def test_a_constructor_gets_by_name_what_it_asks_for():
     x = torch.rand(7, 1, 8, 8)
-    vae = Blueprint(**SMALL, prior=own(Asking, width=3.0)).build(x)
+    vae = Blueprint(**SMALL, prior=own(Asking, width=3.0)).build(Split(x))
     latent, shape, encoder, decoder, posterior, data, width = vae.prior.got
     assert (latent, shape, width) == (2, (1, 8, 8), 3.0)
     assert posterior is vae.posterior
