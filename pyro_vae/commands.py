@@ -57,6 +57,7 @@ def train(
     patience: int | None = None,
     seed: int = 0,
     device: str | None = None,
+    threads: int | None = None,
     out: str | None = None,
 ) -> None:
     """Train a VAE and draw its pictures.
@@ -90,6 +91,8 @@ def train(
         patience: Stop after so many epochs without a better bound on the validation data.
         seed: Seed of the split, the initial weights, the order and all draws.
         device: cpu, cuda or cuda:N (default: a GPU where there is one).
+        threads: Threads of the processor (default: 1 where a step is too small to be shared
+            out, else as many as torch takes).
         out: Folder of the run (default: the first free of runs/DATA-1, runs/DATA-2, ...).
     """
     settings: dict[str, Any] = dict(locals())
@@ -118,8 +121,9 @@ def train(
         vae.likelihood.centre(dataset.train.mean())  # type: ignore[operator]
     vae.to(place)
     run = Path(out or _free(dataset.name))
+    settings["threads"] = _default_threads(vae, batch_size) if threads is None else threads
     settings["out"] = str(run)
-    with _begun(run, settings, blueprint):
+    with _threads(settings["threads"]), _begun(run, settings, blueprint):
         print(f"{_summary(dataset)}, binarisation: {settings['binarisation']}")
         print(_described(vae, blueprint))
         rows = fit(
@@ -215,6 +219,24 @@ def _default_view(vae: VAE, part: Split) -> str:
         z = as_pyro(vae.prior(*context)).sample().reshape(1, -1)
         likelihood = as_pyro(vae.decode(z, *context))
     return "dynamic" if elementary(likelihood.support) is constraints.boolean else "none"
+
+
+def _default_threads(vae: VAE, batch_size: int) -> int:
+    """One thread where a step's products are too small for several to wait for each other."""
+    multiplications = batch_size * sum(parameter.numel() for parameter in vae.parameters())
+    return 1 if multiplications < 2e7 else torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    if count < 1:
+        raise ValueError(f"training takes at least 1 thread, not {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _summary(dataset: Data) -> str:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pyro
 import pytest
+import torch
 
 from pyro_vae import MLP, VAE, data, likelihoods, posteriors, priors
+
+torch.set_num_threads(1)  # the models here are too small to share a step out
 
 
 @pytest.fixture(autouse=True)

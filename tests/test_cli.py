@@ -22,7 +22,7 @@ from PIL import Image
 from scipy.stats import norm
 from torch.nn.functional import one_hot
 
-from pyro_vae import bound, checkpoints, data, fit, load, objectives, plots, runs
+from pyro_vae import bound, checkpoints, commands, data, fit, load, objectives, plots, runs
 from pyro_vae.cli import COMMANDS, main
 from pyro_vae.parts import Blueprint, Part
 
@@ -778,3 +778,23 @@ def test_the_configuration_that_is_printed_trains(here, capsys):
 def test_version_is_that_of_the_package(capsys):
     assert main(["--version"]) == 0
     assert re.fullmatch(r"pyro-vae \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("option", "used"), [([], 1), (["--threads", "2"], 2)])
+def test_a_small_model_trains_in_one_thread_unless_told_otherwise(
+    option, used, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        commands, "fit", lambda *a, **k: seen.append(torch.get_num_threads()) or 1 / 0
+    )
+    before = torch.get_num_threads()
+    assert main(["train", "--out", str(tmp_path / "run"), *option]) == 1
+    assert seen == [used]
+    assert torch.get_num_threads() == before
+
+
+def test_no_threads_are_refused(tmp_path, capsys):
+    assert main(["train", "--out", str(tmp_path / "run"), "--threads", "0"]) == 2
+    assert "at least 1 thread, not 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

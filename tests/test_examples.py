@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(script, folder, *options):
     """The output of a script run in `folder`."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *options],
-        cwd=folder, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "Agg"},
+        cwd=folder, capture_output=True, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -40,7 +41,7 @@ def test_it_trains_from_the_command_line_too(option, tmp_path):
     kind, path = option.split()
     command = [sys.executable, "-m", "pyro_vae", "train", f"--{kind}", path, "--epochs", "2"]
     command += ["--latent", "2", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     assert path.split(".")[1] in done.stdout
 
