@@ -1,5 +1,6 @@
 """Every example runs as a user runs it, in its own process, and does what it says."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from pyro_vae.testing import check_prior
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -34,6 +37,11 @@ def test_plain_pyro_trains_and_draws(script, tmp_path):
 @pytest.mark.parametrize(("script", "least"), [("new_prior.py", -28), ("new_likelihood.py", 30)])
 def test_a_part_of_ones_own_trains(script, least, tmp_path):
     assert float(re.search(r"ELBO (\S+)", run(script, tmp_path))[1]) > least
+
+
+def test_the_prior_of_ones_own_keeps_the_contract(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    check_prior(importlib.import_module("new_prior").Ring(2, components=5))
 
 
 @pytest.mark.parametrize("option", ["prior new_prior.Ring", "likelihood new_likelihood.Laplace"])

@@ -8,7 +8,7 @@ from linear import linear_vae
 from torch import nn
 
 from pyro_vae import MLP, VAE, ConvEncoder, likelihoods, posteriors, priors
-from pyro_vae.testing import check_pair, unvalidated
+from pyro_vae.testing import check_pair, check_prior, unvalidated
 
 X = torch.randn(6, 4)
 
@@ -131,3 +131,101 @@ def test_validation_comes_back_as_it_was(flag):
         assert pyro.distributions.is_validation_enabled()
     finally:
         torch.distributions.Distribution.set_default_validate_args(before)
+
+
+class Broken(priors.Prior):
+    """A normal prior with one fault."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+        self.loc = nn.Parameter(torch.tensor([1.0, -1.0]))
+        self.hidden = [torch.zeros(2)]
+        if fault == "unused":
+            self.idle = nn.Parameter(torch.zeros(2))
+        if fault == "unregistered":
+            self.hidden[0] = self.loc.detach()
+
+    def forward(self):
+        loc = self.loc.detach() if self.fault == "detached" else self.loc
+        law = FAULTY.get(self.fault, dist.Normal)(loc + self.hidden[0], torch.ones(2))
+        return law if self.fault == "event" else law.to_event(1)
+
+
+class Unnormalised(dist.Normal):
+    def log_prob(self, value):
+        return super().log_prob(value) - 0.1
+
+
+class Misdrawn(dist.Normal):
+    def sample(self, sample_shape=()):
+        return 1.1 * super().sample(sample_shape)
+
+
+class Correlated(dist.Normal):
+    """Marginals are right and the joint is not: every dimension is drawn from one source."""
+
+    def sample(self, sample_shape=()):
+        return self.loc + super().sample(sample_shape)[..., :1] - self.loc[..., :1]
+
+
+class Pooled(dist.Normal):
+    def log_prob(self, value):
+        centred = value - value.mean(0) if value.dim() > 2 else value
+        return super().log_prob(centred)
+
+
+class Single(dist.Normal):
+    def log_prob(self, value):
+        return super().log_prob(value).float()
+
+
+FAULTY = {
+    "single": Single,
+    "unnormalised": Unnormalised,
+    "misdrawn": Misdrawn,
+    "correlated": Correlated,
+    "pooled": Pooled,
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("event", r"batch shape \(2,\) and event shape \(\)|has \(2,\) and \(\)"),
+        ("unnormalised", r"integrates to 0\.8\d+ .* and not to 1"),
+        ("misdrawn", "draws do not follow the density along dimension"),
+        ("correlated", r"draws do not follow the density along|integrates to"),
+        ("pooled", "density of several particles is not that of each"),
+        ("detached", "does not depend on the parameter 'loc'"),
+        ("unused", "the parameter 'idle' gets no gradient"),
+        ("single", r"after \.double\(\) the density is another or not in double precision"),
+    ],
+)
+def test_a_prior_that_breaks_its_promise_is_told_which(fault, message):
+    check_prior(Broken("none"))
+    with pytest.raises(ValueError, match=message):
+        check_prior(Broken(fault))
+
+
+def test_a_prior_whose_state_is_not_registered_is_told():
+    class Drifting(priors.Prior):
+        """Its density depends on how often it was called, which no file keeps."""
+
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self):
+            self.calls += 1
+            return dist.Normal(torch.zeros(2) + self.calls / 10, 1.0).to_event(1)
+
+    with pytest.raises(ValueError, match=r"state_dict was loaded|in double precision"):
+        check_prior(Drifting())
+
+
+def test_the_check_of_a_prior_leaves_the_random_state():
+    prior = priors.MixtureOfNormals(2)
+    before = torch.get_rng_state()
+    check_prior(prior)
+    assert torch.equal(before, torch.get_rng_state())
