@@ -1,6 +1,7 @@
 """Parts by name: what a constructor gets, what it refuses, and blueprints as plain values."""
 
 import json
+import sys
 
 import pyro.distributions as dist
 import pytest
@@ -138,12 +139,14 @@ def test_a_module_is_imported_only_where_it_is_allowed(tmp_path, monkeypatch):
     code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\n"
     (tmp_path / "intruder.py").write_text(code + "from pyro_vae.priors import Normal\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "intruder", raising=False)
     blueprint = Blueprint(**SMALL, prior=Part("intruder.Normal"))
     with pytest.raises(PermissionError, match="allow its module by `--allow intruder`"):
         blueprint.build(allow=["another"])
     assert not marker.exists()
     assert isinstance(blueprint.build(allow=["intruder"]).prior, priors.Normal)
     assert marker.exists()
+    del sys.modules["intruder"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ def test_python_blocks_run_in_order(monkeypatch, tmp_path):
 
 def test_the_programs_shown_are_those_of_the_package():
     (shown,) = re.findall(r"^```py\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert shown in (ROOT / "pyro_vae" / "vae.py").read_text()
+    source = (ROOT / "pyro_vae" / "vae.py").read_text()
+    programs = shown.strip().split("\n\n\n")
+    assert len(programs) == 2
+    assert all(textwrap.indent(program, "    ") in source for program in programs)
 
 
 @pytest.mark.parametrize("page", ["README.md", "examples/benchmarks/README.md"])
