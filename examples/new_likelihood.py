@@ -1,7 +1,7 @@
-"""A likelihood of your own: grey levels with Laplace noise, trained at once.
+"""A likelihood of your own: grey levels with logistic noise, trained at once.
 
 python examples/new_likelihood.py
-cd examples && pyro-vae train --likelihood new_likelihood.Laplace --likelihood.floor 0.02
+cd examples && pyro-vae train --likelihood new_likelihood.Logistic --likelihood.floor 0.02
 """
 
 from functools import partial
@@ -14,8 +14,8 @@ from pyro_vae import MLP, VAE, data, fit, posteriors, priors
 from pyro_vae.likelihoods import Likelihood
 
 
-class Laplace(Likelihood):
-    """p(x|z) = Laplace(x; m(z), scale) with the mean in (0, 1) and one learned scale."""
+class Logistic(Likelihood):
+    """p(x|z) = Logistic(x; m(z), scale) with the mean in (0, 1) and one learned scale."""
 
     def __init__(self, decoder: nn.Module, floor: float = 0.01) -> None:
         super().__init__(decoder)
@@ -23,7 +23,7 @@ class Laplace(Likelihood):
 
     def forward(self, z: torch.Tensor, *context: torch.Tensor) -> dist.TorchDistribution:
         loc = self.network(z, *context).sigmoid()
-        noise = dist.Laplace(loc, self.floor + self.log_scale.exp())
+        noise = dist.Logistic(loc, self.floor + self.log_scale.exp())
         return noise.to_event(loc.dim() - z.dim() + 1)
 
 
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     digits = data.load("digits")
     vae = VAE(
         prior=priors.Normal(10),
-        likelihood=Laplace(MLP(10, [200], digits.shape)),
+        likelihood=Logistic(MLP(10, [200], digits.shape)),
         posterior=posteriors.Normal(MLP(digits.shape, [200], (2, 10))),
     )
     rows = fit(vae, digits, epochs=100, optimizer=partial(torch.optim.Adam, lr=5e-3))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Bernoulli", "Likelihood", "Normal"]
+__all__ = [
+    "Bernoulli",
+    "ContinuousBernoulli",
+    "Laplace",
+    "Likelihood",
+    "Normal",
+    "StudentT",
+]
 
 import abc
 import math
@@ -136,12 +143,9 @@ class Normal(Likelihood):
         super().__init__(decoder)
         if scale is not None and per_element:
             raise ValueError("Normal takes a fixed scale or per_element=True, not both")
-        if scale is not None and not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f"the scale of a Normal must be positive and finite, not {scale}")
-        if not (floor > 0 and math.isfinite(floor)):
-            raise ValueError(f"the floor of a scale must be positive and finite, not {floor}")
-        self.scale, self.per_element = scale, per_element
-        self.bounded, self.floor = bounded, floor
+        self.scale = None if scale is None else _positive(scale, "scale of a Normal")
+        self.per_element, self.bounded = per_element, bounded
+        self.floor = _positive(floor, "floor of a scale")
         if scale is None and not per_element:
             self.log_scale = nn.Parameter(torch.zeros(()))
 
@@ -168,7 +172,100 @@ class Normal(Likelihood):
         return torch.stack([loc, torch.zeros_like(loc)]) if self.per_element else loc
 
 
+class ContinuousBernoulli(Likelihood):
+    """Values in [0, 1], ``p(x|z) = prod_d C(y_d) y_d(z)^x_d (1 - y_d(z))^(1 - x_d)``.
+
+    The normalised density that a Bernoulli on grey levels lacks: Loaiza-Ganem & Cunningham
+    (2019), The Continuous Bernoulli.
+
+    Args:
+        decoder: Network from ``(..., latent)`` to logits ``(..., *shape)``.
+
+    Example:
+        >>> ContinuousBernoulli(nn.Linear(2, 6))(torch.zeros(5, 2)).sample().shape
+        torch.Size([5, 6])
+    """
+
+    @override
+    def forward(self, z: Tensor, *context: Tensor) -> Distribution:
+        logits = self.network(z, *context)
+        return dist.ContinuousBernoulli(logits=logits).to_event(logits.dim() - z.dim() + 1)
+
+
+class Laplace(Likelihood):
+    """Real data, ``p(x|z) = Laplace(x; m(z), scale)``, whose score is an absolute error.
+
+    Args:
+        decoder: Network from ``(..., latent)`` to ``(..., *shape)``.
+        floor: Smallest scale; one scale for all elements is learned above it.
+        bounded: Squash the location into (0, 1) by a sigmoid.
+
+    Raises:
+        ValueError: A floor that is not positive.
+
+    Example:
+        >>> Laplace(nn.Linear(2, 6), floor=0.5)(torch.zeros(5, 2)).base_dist.scale.unique()
+        tensor([1.5000], grad_fn=<Unique2Backward0>)
+    """
+
+    def __init__(self, decoder: nn.Module, *, floor: float = 0.01, bounded: bool = False) -> None:
+        super().__init__(decoder)
+        self.floor, self.bounded = _positive(floor, "floor of a scale"), bounded
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    @override
+    def forward(self, z: Tensor, *context: Tensor) -> Distribution:
+        loc = self.network(z, *context)
+        loc = loc.sigmoid() if self.bounded else loc
+        noise = dist.Laplace(loc, self.floor + self.log_scale.exp())
+        return noise.to_event(loc.dim() - z.dim() + 1)
+
+    @override
+    def link(self, mean: Tensor) -> Tensor:
+        return mean.clamp(1e-3, 1 - 1e-3).logit() if self.bounded else mean
+
+
+class StudentT(Likelihood):
+    """Real data with outliers, ``p(x|z) = t(x; df, m(z), scale)``, Student's t.
+
+    Takahashi et al. (2018), Student-t Variational Autoencoder for Robust Density Estimation.
+
+    Args:
+        decoder: Network from ``(..., latent)`` to ``(..., *shape)``.
+        df: Degrees of freedom; the mean exists above 1.
+        floor: Smallest scale; one scale for all elements is learned above it.
+
+    Raises:
+        ValueError: `df` or a floor that are not positive.
+
+    Example:
+        >>> StudentT(nn.Linear(2, 6), df=3.0)(torch.zeros(5, 2)).mean.shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(self, decoder: nn.Module, *, df: float = 5.0, floor: float = 0.01) -> None:
+        super().__init__(decoder)
+        self.df, self.floor = _positive(df, "df"), _positive(floor, "floor of a scale")
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    @override
+    def forward(self, z: Tensor, *context: Tensor) -> Distribution:
+        loc = self.network(z, *context)
+        noise = dist.StudentT(self.df, loc, self.floor + self.log_scale.exp())
+        return noise.to_event(loc.dim() - z.dim() + 1)
+
+    @override
+    def link(self, mean: Tensor) -> Tensor:
+        return mean
+
+
 class GreyscaleBernoulli(dist.Bernoulli):
     """A Bernoulli that scores any x in [0, 1] by ``x log y + (1 - x) log(1 - y)``."""
 
     support = constraints.unit_interval
+
+
+def _positive(value: float, name: str) -> float:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"the {name} must be positive and finite, not {value}")
+    return value

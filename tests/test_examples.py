@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from pyro_vae.testing import check_prior
+from pyro_vae import MLP
+from pyro_vae.testing import check_likelihood, check_prior
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -39,12 +41,16 @@ def test_a_part_of_ones_own_trains(script, least, tmp_path):
     assert float(re.search(r"ELBO (\S+)", run(script, tmp_path))[1]) > least
 
 
-def test_the_prior_of_ones_own_keeps_the_contract(monkeypatch):
+def test_parts_of_ones_own_keep_the_contract(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     check_prior(importlib.import_module("new_prior").Ring(2, components=5))
+    decoder = MLP(2, [8], (1, 2, 2))
+    check_likelihood(
+        importlib.import_module("new_likelihood").Logistic(decoder), torch.randn(3, 2)
+    )
 
 
-@pytest.mark.parametrize("option", ["prior new_prior.Ring", "likelihood new_likelihood.Laplace"])
+@pytest.mark.parametrize("option", ["prior new_prior.Ring", "likelihood new_likelihood.Logistic"])
 def test_it_trains_from_the_command_line_too(option, tmp_path):
     kind, path = option.split()
     command = [sys.executable, "-m", "pyro_vae", "train", f"--{kind}", path, "--epochs", "2"]

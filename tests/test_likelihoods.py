@@ -1,12 +1,53 @@
 """Likelihoods against SciPy's densities and torch's cross-entropy."""
 
+import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import integrate, stats
 from torch import nn
 from torch.nn import functional
 
-from pyro_vae import MLP, likelihoods
+from pyro_vae import MLP, VAE, data, fit, likelihoods, posteriors, priors
+from pyro_vae.testing import check_likelihood
+
+CASES = {
+    "Bernoulli": [lambda: likelihoods.Bernoulli(network(3, 4))],
+    "ContinuousBernoulli": [lambda: likelihoods.ContinuousBernoulli(network(3, 4))],
+    "Normal": [
+        lambda: likelihoods.Normal(network(3, 4)),
+        lambda: likelihoods.Normal(network(3, 4), scale=0.1, bounded=True),
+        lambda: likelihoods.Normal(network(2, 3, 4), per_element=True),
+    ],
+    "Laplace": [
+        lambda: likelihoods.Laplace(network(3, 4)),
+        lambda: likelihoods.Laplace(network(3, 4), bounded=True),
+    ],
+    "StudentT": [lambda: likelihoods.StudentT(network(3, 4), df=2.5)],
+}
+
+
+def test_every_export_has_a_case():
+    assert set(likelihoods.__all__) - {"Likelihood"} == set(CASES)
+
+
+@pytest.mark.parametrize("make", [make for cases in CASES.values() for make in cases])
+def test_every_likelihood_keeps_the_contract(make):
+    check_likelihood(make().float(), torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("kind", list(CASES))
+def test_every_likelihood_trains(kind):
+    family = getattr(likelihoods, kind)
+    binary = kind == "Bernoulli"
+    digits = data.load("digits", view=data.dynamic if binary else data.plain)
+    vae = VAE(
+        priors.Normal(2),
+        family(MLP(2, [32], digits.shape)),
+        posteriors.Normal(MLP(digits.shape, [32], (2, 2))),
+    )
+    rows = fit(vae, digits, epochs=4, warmup=0, progress=False)
+    assert rows[-1]["elbo"] > rows[0]["elbo"]
+
 
 Z = torch.linspace(-1, 1, 10).reshape(5, 2).double()
 
@@ -47,6 +88,35 @@ def test_normal_is_scipys(kind, bounded):
     assert torch.allclose(likelihood(Z).log_prob(x), torch.as_tensor(truth))
 
 
+def bernoulli(x, y):
+    return y**x * (1 - y) ** (1 - x)
+
+
+def test_continuous_bernoulli_is_a_normalised_bernoulli():
+    likelihood, x = likelihoods.ContinuousBernoulli(network(3)), torch.rand(5, 3).double()
+    y = likelihood.network(Z).sigmoid().detach().numpy()
+    mass = [integrate.quad(bernoulli, 0, 1, args=(p,))[0] for p in y.flatten()]
+    truth = np.log(bernoulli(x.numpy(), y) / np.reshape(mass, y.shape)).sum(-1)
+    assert torch.allclose(likelihood(Z).log_prob(x), torch.as_tensor(truth), atol=1e-6)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_laplace_is_scipys(bounded):
+    likelihood = likelihoods.Laplace(network(3), floor=0.05, bounded=bounded)
+    x, loc = torch.randn(5, 3).double(), likelihood.network(Z).detach()
+    truth = stats.laplace(loc.sigmoid() if bounded else loc, 1.05).logpdf(x.numpy()).sum(-1)
+    assert torch.allclose(likelihood(Z).log_prob(x), torch.as_tensor(truth))
+
+
+def test_student_t_is_scipys():
+    likelihood, x = (
+        likelihoods.StudentT(network(3), df=2.5, floor=0.05),
+        torch.randn(5, 3).double(),
+    )
+    truth = stats.t(2.5, likelihood.network(Z).detach(), 1.05).logpdf(x.numpy()).sum(-1)
+    assert torch.allclose(likelihood(Z).log_prob(x), torch.as_tensor(truth))
+
+
 def test_a_learned_scale_has_its_floor():
     likelihood = likelihoods.Normal(network(3), floor=0.05).double()
     nn.init.constant_(likelihood.log_scale, -100.0)
@@ -58,6 +128,8 @@ def test_a_learned_scale_has_its_floor():
     [
         (likelihoods.Bernoulli, (3,)),
         (likelihoods.Normal, (3,)),
+        (likelihoods.Laplace, (3,)),
+        (likelihoods.StudentT, (3,)),
         (lambda decoder: likelihoods.Normal(decoder, bounded=True), (3,)),
         (lambda decoder: likelihoods.Normal(decoder, per_element=True), (2, 3)),
     ],

@@ -8,7 +8,7 @@ from linear import linear_vae
 from torch import nn
 
 from pyro_vae import MLP, VAE, ConvEncoder, likelihoods, posteriors, priors
-from pyro_vae.testing import check_pair, check_prior, unvalidated
+from pyro_vae.testing import check_likelihood, check_pair, check_prior, unvalidated
 
 X = torch.randn(6, 4)
 
@@ -229,3 +229,58 @@ def test_the_check_of_a_prior_leaves_the_random_state():
     before = torch.get_rng_state()
     check_prior(prior)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Unsound(likelihoods.Likelihood):
+    """A likelihood with one fault."""
+
+    def __init__(self, fault):
+        super().__init__(MLP(2, [8], 3))
+        self.fault = fault
+
+    def forward(self, z, *context):
+        loc = self.network(z)
+        if self.fault == "pooled":
+            loc = loc - loc.mean(0, keepdim=True)
+        law = {"misdrawn": Misdrawn, "unnormalised": Unnormalised}.get(self.fault, dist.Normal)(
+            loc, 1.0
+        )
+        if self.fault == "counts":
+            law = Miscounted(loc.exp())
+        if self.fault == "greyscale":
+            return likelihoods.Bernoulli(self.network, greyscale=True)(z)
+        return law if self.fault == "event" else law.to_event(1)
+
+
+class Miscounted(dist.Poisson):
+    def sample(self, sample_shape=()):
+        return super().sample(sample_shape) + 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("event", r"has batch shape \(4, 3\) and event shape \(\)"),
+        ("pooled", "density of several particles is not that of each"),
+        ("unnormalised", r"has a total mass of 0\.904\d and not of 1"),
+        ("greyscale", "total mass of"),
+        ("misdrawn", r"draws of element \d+ do not follow its law"),
+        ("counts", r"draws of element \d+ do not follow its law"),
+    ],
+)
+def test_a_likelihood_that_breaks_its_promise_is_told_which(fault, message):
+    z = torch.randn(4, 2)
+    check_likelihood(Unsound("none"), z)
+    with pytest.raises(ValueError, match=message):
+        check_likelihood(Unsound(fault), z)
+
+
+@pytest.mark.parametrize(
+    "law", [dist.Poisson, dist.Exponential, lambda rate: dist.Gamma(2.0, rate)]
+)
+def test_laws_on_half_a_line_keep_the_contract(law):
+    class Rate(likelihoods.Likelihood):
+        def forward(self, z, *context):
+            return law(self.network(z).exp()).to_event(1)
+
+    check_likelihood(Rate(MLP(2, [8], 3)), torch.randn(4, 2))
