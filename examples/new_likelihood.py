@@ -34,6 +34,9 @@ if __name__ == "__main__":
         likelihood=Logistic(MLP(10, [200], digits.shape)),
         posterior=posteriors.Normal(MLP(digits.shape, [200], (2, 10))),
     )
-    rows = fit(vae, digits, epochs=100, optimizer=partial(torch.optim.Adam, lr=5e-3))
+    # While the scale is still wide, x says little about z: a long warm-up keeps the KL from
+    # switching the latents off meanwhile.
+    adam = partial(torch.optim.Adam, lr=5e-3)
+    rows = fit(vae, digits, epochs=100, optimizer=adam, warmup=0.5)
     scale = vae.likelihood.floor + vae.likelihood.log_scale.exp()
     print(f"validation ELBO {rows[-1]['elbo']:.2f} nats per digit, scale {scale:.3f}")
