@@ -24,7 +24,9 @@ class Ring(Prior):
 
     def forward(self, *context: torch.Tensor) -> dist.TorchDistribution:
         component = dist.Normal(self.loc, 0.5).to_event(1)
-        return dist.MixtureSameFamily(dist.Categorical(torch.ones(len(self.loc))), component)
+        return dist.MixtureSameFamily(
+            dist.Categorical(self.loc.new_ones(len(self.loc))), component
+        )
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ def restore(module: nn.Module, path: str | Path) -> None:
         ValueError: The file is damaged or holds the weights of another model.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there are no weights at '{path}'")
+        others = ", ".join(sorted(each.name for each in Path(path).parent.glob("*.safetensors")))
+        hint = f"; there are {others}, see --weights" if others else ""
+        raise FileNotFoundError(f"there are no weights at '{path}'{hint}")
     try:
         state = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:

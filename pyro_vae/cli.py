@@ -23,7 +23,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import commands, runs
-from pyro_vae.parts import KINDS, Part, find
+from pyro_vae.parts import KINDS, Part, find, named
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": commands.train,
@@ -117,9 +117,17 @@ def _overview() -> str:
     )
 
 
+class _Parser(ArgumentParser):
+    """A parser whose help lists the classes that `find` takes, and not all that are loaded."""
+
+    def format_help(self, *formatter: Any) -> str:
+        """Return the help without what jsonargparse adds about classes."""
+        return re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", super().format_help(*formatter))
+
+
 def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[str, Any]:
     """The command's arguments; `SystemExit` after ``--help``."""
-    parser = ArgumentParser(
+    parser = _Parser(
         prog=f"pyro-vae {name}",
         description=_documented(command)[0],
         exit_on_error=False,
@@ -172,7 +180,8 @@ def _add(parser: ArgumentParser, target: Callable[..., Any]) -> None:
         text: dict[str, Any] = {"help": said[key]}
         if key in KINDS:
             path = default and {"class_path": _path(default.name, key)}
-            said_too = f"{said[key]} A name, or the import path of your own class."
+            names = ", ".join(named(key))
+            said_too = f"{said[key]} One of {names}, or the import path of your own class."
             parser.add_subclass_arguments(
                 KINDS[key][0],
                 key,

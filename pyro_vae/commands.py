@@ -120,9 +120,8 @@ def train(
     if output_bias:
         vae.likelihood.centre(dataset.train.mean())  # type: ignore[operator]
     vae.to(place)
-    run = Path(out or _free(dataset.name))
+    run = Path(settings.pop("out") or _free(dataset.name))
     settings["threads"] = _default_threads(vae, batch_size) if threads is None else threads
-    settings["out"] = str(run)
     with _threads(settings["threads"]), _begun(run, settings, blueprint):
         print(f"{_summary(dataset)}, binarisation: {settings['binarisation']}")
         print(_described(vae, blueprint))

@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from typing_extensions import override
 
+# Where learned scales begin, above their floor. While a scale is much wider than the noise,
+# x says little about z, and the KL switches the latents off before the scale has come down.
+_START = 0.1
+
 
 @runtime_checkable
 class SetsBias(Protocol):
@@ -114,7 +118,8 @@ class Normal(Likelihood):
     """Real data, ``p(x|z) = N(x; m(z), scale^2)`` with independent elements.
 
     A learned scale is ``floor + exp(log_scale)``, since a density without a floor is
-    unbounded as soon as one element of the data is constant.
+    unbounded as soon as one element of the data is constant. It begins at ``floor + 0.1``, or
+    with `per_element` near ``floor + 1``.
 
     Args:
         decoder: Network from ``(..., latent)`` to ``(..., *shape)``, or with `per_element`
@@ -147,7 +152,7 @@ class Normal(Likelihood):
         self.per_element, self.bounded = per_element, bounded
         self.floor = _positive(floor, "floor of a scale")
         if scale is None and not per_element:
-            self.log_scale = nn.Parameter(torch.zeros(()))
+            self.log_scale = nn.Parameter(torch.tensor(_START).log())
 
     @override
     @classmethod
@@ -205,13 +210,13 @@ class Laplace(Likelihood):
 
     Example:
         >>> Laplace(nn.Linear(2, 6), floor=0.5)(torch.zeros(5, 2)).base_dist.scale.unique()
-        tensor([1.5000], grad_fn=<Unique2Backward0>)
+        tensor([0.6000], grad_fn=<Unique2Backward0>)
     """
 
     def __init__(self, decoder: nn.Module, *, floor: float = 0.01, bounded: bool = False) -> None:
         super().__init__(decoder)
         self.floor, self.bounded = _positive(floor, "floor of a scale"), bounded
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.tensor(_START).log())
 
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:
@@ -246,7 +251,7 @@ class StudentT(Likelihood):
     def __init__(self, decoder: nn.Module, *, df: float = 5.0, floor: float = 0.01) -> None:
         super().__init__(decoder)
         self.df, self.floor = _positive(df, "df"), _positive(floor, "floor of a scale")
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.tensor(_START).log())
 
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:

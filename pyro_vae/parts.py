@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "KINDS", "Blueprint", "Part", "find", "make"]
+__all__ = ["ACTIVATIONS", "KINDS", "Blueprint", "Part", "find", "make", "named"]
 
 import dataclasses
 import difflib
@@ -210,7 +210,7 @@ def find(name: str, kind: str, *, allow: Collection[str] | None = None) -> type:
     interface, *homes = KINDS[kind]
     module, _, last = name.rpartition(".")
     if not module or module in {home.__name__ for home in homes}:
-        found = _named(kind).get(last)
+        found = _classes(kind).get(last)
         if found is None:
             raise ValueError(_unknown(last, kind))
         return found
@@ -248,8 +248,7 @@ def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given
     }
     at_hand = {key: cast("Callable[[], Any]", lambda v=value: v) for key, value in given.items()}
     found = find(part.name, kind, allow=allow)
-    needs = [key for key in _required(getattr(found, "step", lambda: None)) if key != "self"]
-    if needs:
+    if needs := _step_needs(found):
         raise ValueError(
             f"{part.name} cannot train here, since its step needs {', '.join(needs)}; choose "
             f"another {kind}"
@@ -257,7 +256,12 @@ def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given
     return _construct(found, Part(part.name, options), at_hand)
 
 
-def _named(kind: str) -> dict[str, type]:
+def named(kind: str) -> list[str]:
+    """Return the names of the classes of a kind that train and need no import path."""
+    return sorted(name for name, each in _classes(kind).items() if not _step_needs(each))
+
+
+def _classes(kind: str) -> dict[str, type]:
     """The classes of a kind that have a name of their own, by that name."""
     interface, home, *_ = KINDS[kind]
     return {
@@ -269,7 +273,7 @@ def _named(kind: str) -> dict[str, type]:
 
 
 def _unknown(name: str, kind: str) -> str:
-    near = {each.lower(): each for each in _named(kind)}
+    near = {each.lower(): each for each in named(kind)}
     match = difflib.get_close_matches(name.lower(), near, n=1)
     hint = f"did you mean '{near[match[0]]}'? There are" if match else "there are"
     return (
@@ -290,6 +294,11 @@ def _required(function: Callable[..., Any]) -> list[str]:
     """Names of the parameters that have no default."""
     parameters = inspect.signature(function).parameters.items()
     return [key for key, each in parameters if each.default is each.empty and not _is_rest(each)]
+
+
+def _step_needs(part: type) -> list[str]:
+    """What the ``step`` of an optimiser or a schedule asks for, which training cannot know."""
+    return [key for key in _required(getattr(part, "step", lambda: None)) if key != "self"]
 
 
 def _is_rest(parameter: inspect.Parameter) -> bool:

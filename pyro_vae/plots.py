@@ -30,6 +30,9 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+_BAND = 16
+
+
 def curves(rows: Sequence[Mapping[str, float]]) -> Figure:
     """Draw training curves: the loss and the bound, and the two halves of the bound.
 
@@ -77,7 +80,7 @@ def grid(x: Tensor, columns: int | None = None) -> Figure:
 
 
 def strip(rows: Mapping[str, Tensor]) -> Figure:
-    """Draw rows of tiles under each other, each with its name, images of equal number."""
+    """Draw rows of equally many tiles under each other, each with its name, 16 to a band."""
     first = next(iter(rows.values()))
     if not _are_images(first):
         figure = Figure(figsize=(7, 1 + 2 * len(rows)), dpi=120, layout="constrained")
@@ -87,17 +90,23 @@ def strip(rows: Mapping[str, Tensor]) -> Figure:
             axes.imshow(x.flatten(1).numpy(force=True), aspect="auto", interpolation="nearest")
             axes.set_ylabel(name)
         return figure
-    tiles = [_tiled(x, len(x)) for x in rows.values()]
-    height, width = tiles[0].shape[:2]
-    tall = 9 * height / width
-    figure = Figure(figsize=(10.4, tall * len(rows) + 0.1), dpi=120, layout="constrained")
-    for axes, name, tile in zip(
-        np.atleast_1d(figure.subplots(len(rows))), rows, tiles, strict=True
-    ):
-        axes.imshow(tile, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+    bands = [
+        (name, _tiled(x[start : start + _BAND], min(_BAND, len(x))))
+        for start in range(0, len(first), _BAND)
+        for name, x in rows.items()
+    ]
+    height, width = bands[0][1].shape[:2]
+    tall, wide, margin = 9 * height / width, 9.0, 1.3
+    figure = Figure(figsize=(margin + wide, len(bands) * (tall + 0.08)), dpi=120)
+    total = figure.get_figheight()
+    for number, (name, tiles) in enumerate(bands):
+        bottom = (total - (number + 1) * (tall + 0.08)) / total
+        place = (margin / (margin + wide), bottom, wide / (margin + wide), tall / total)
+        axes = figure.add_axes(place)
+        axes.imshow(tiles, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_axis_off()
+        middle = (margin - 0.1) / (margin + wide), bottom + tall / total / 2
+        figure.text(*middle, name, ha="right", va="center")
     return figure
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import pyro
 import torch
 import yaml
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 from torch.nn.functional import one_hot
@@ -35,7 +36,7 @@ from pyro_vae import checkpoints, plots
 from pyro_vae.data import Data, Split, dynamic, load, plain, threshold
 from pyro_vae.evaluation import bound
 from pyro_vae.parts import Blueprint
-from pyro_vae.vae import VAE
+from pyro_vae.vae import VAE, as_pyro
 
 SplitName = Literal["train", "validation", "test"]
 VIEWS = {"dynamic": dynamic, "threshold": threshold, "none": plain}
@@ -128,7 +129,8 @@ def evaluate(run: Run, *, split: SplitName = "test", particles: int = 10) -> Non
     Args:
         run: The run.
         split: Split to evaluate.
-        particles: Draws of z for each datum.
+        particles: Draws of z for each datum, whose bounds are averaged (without importance
+            weights).
     """
     vae = run.vae()
     print(_score(vae, run.split(split), split, particles))
@@ -152,9 +154,7 @@ def sample(run: Run, *, count: int = 64, label: int | None = None, out: str | No
         checkpoints.write(target, content.getvalue())
         print(target)
         return
-    x = vae.sample(count, *context, mean=True)
-    columns = context[0].shape[-1] if context and label is None else None
-    print_paths([plots.save(plots.grid(x, columns), target)])
+    print_paths([plots.save(_samples(vae, count, context, label), target)])
 
 
 def reconstruct(
@@ -202,7 +202,7 @@ def interpolate(
         start, end = _code(vae.encode(x, *context)).unflatten(0, (2, count))
         line = torch.linspace(0, 1, steps, device=x.device)[:, None]
         z = torch.lerp(start[:, None], end[:, None], line)
-        between = [c[:count, None].expand(-1, steps, -1) for c in context]
+        between = [torch.lerp(c[:count, None], c[count:, None], line) for c in context]
         means = vae.decode(z, *between).mean.flatten(0, 1)
     print_paths([plots.save(plots.grid(means, steps), target)])
 
@@ -265,13 +265,13 @@ def pictures(run: Run, rows: Sequence[Mapping[str, float]]) -> list[Path]:
     except ValueError:  # there is none
         part = run.split("train")
     x, *context = _some(part, min(16, len(part)), run.seed)
-    samples = vae.sample(4 * len(x), *(c.repeat(4, 1) for c in context), mean=True)
+    samples = vae.sample(len(x), *context, mean=True)
     reconstructions = {"data": x, "reconstruction": vae.reconstruct(x, *context)}
     figures = {
         "curves": plots.curves(rows),
-        "samples": plots.grid(samples),
+        "samples": _samples(vae, 64, run.labels(64, None), None),
         "reconstructions": plots.strip(reconstructions),
-        "strip": plots.strip({**reconstructions, "sample": samples[: len(x)]}),
+        "strip": plots.strip({**reconstructions, "sample": samples}),
     }
     if run.blueprint.latent == 2:
         labels = run.labels(400, 0 if run.blueprint.context else None)
@@ -308,7 +308,8 @@ def _score(vae: VAE, part: Split, name: str, particles: int) -> str:
     return (
         f"{name}: ELBO {values['elbo']:.2f} ± {values['standard_error']:.2f}, reconstruction "
         f"{values['reconstruction']:.2f}, KL {values['kl']:.2f} "
-        f"({getattr(vae.likelihood, 'unit', 'nats')}, per datum, {len(part):,} data)"
+        f"({getattr(vae.likelihood, 'unit', 'nats')}, per datum, mean and standard error over "
+        f"{len(part):,} data)"
     )
 
 
@@ -324,6 +325,12 @@ def _some(part: Split, count: int, seed: int) -> tuple[Tensor, ...]:
         raise ValueError(f"the split has {len(part)} data, too few to draw {count}")
     generator = torch.Generator(part.x.device).manual_seed(seed)
     return next(part.batches(count, generator, shuffle=True))
+
+
+def _samples(vae: VAE, count: int, context: tuple[Tensor, ...], label: int | None) -> Figure:
+    """Means of new data, those of a conditional run with a column for each label."""
+    columns = context[0].shape[-1] if context and label is None else None
+    return plots.grid(vae.sample(count, *context, mean=True), columns)
 
 
 def _code(posterior: Distribution) -> Tensor:
@@ -347,8 +354,9 @@ def _grid(vae: VAE, side: int, *context: Tensor) -> Tensor:
     square = torch.stack([right, up], -1).flatten(0, 1)
     try:
         z = prior.icdf(square)
-    except NotImplementedError:
-        z = torch.distributions.Normal(0.0, 1.0).icdf(square)
+    except NotImplementedError:  # quantiles of draws along each of the two dimensions
+        draws = as_pyro(prior).sample((10_000,)).reshape(-1, 2)
+        z = torch.stack([draws[:, d].quantile(square[:, d]) for d in (0, 1)], -1)
     return vae.decode(z, *context).mean
 
 

@@ -63,6 +63,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __repr__(self) -> str:
+        dtype = str(self.x.dtype).removeprefix("torch.")
+        return f"Split({len(self):,} data of shape {tuple(self.x.shape[1:])}, {dtype})"
+
     def __getitem__(self, index: slice | Tensor) -> Split:
         return self.map(lambda tensor: tensor[index])
 
@@ -90,13 +94,14 @@ class Split:
         return self.view(self.x.to(dtype) / self.top, generator), *self.context
 
     def batches(
-        self, size: int, generator: torch.Generator, *, shuffle: bool = False
+        self, size: int, generator: torch.Generator | None = None, *, shuffle: bool = False
     ) -> Iterator[tuple[Tensor, ...]]:
         """Cut the split into batches ``(x, *context)``, the last one smaller where need be.
 
         Args:
             size: Rows in a batch.
-            generator: Source of the order and of dynamic binarisation, on the split's device.
+            generator: Source of the order and of dynamic binarisation, on the split's device;
+                torch's own by default.
             shuffle: Whether to draw a new order.
         """
         device = self.x.device
@@ -141,8 +146,11 @@ class Data:
         """Return the same data under another view.
 
         Raises:
+            TypeError: The view is no function.
             ValueError: A binarisation of values outside [0, 1].
         """
+        if not callable(view):
+            raise TypeError(f"a view is a function, such as data.dynamic, not {view!r}")
         if view is not plain:
             parts = [part for part in self.splits if len(part)]
             low = min(float(part.x.min() / part.top) for part in parts)
@@ -150,8 +158,9 @@ class Data:
             if low < 0 or high > 1:
                 raise ValueError(
                     f"{getattr(view, '__name__', 'this')} binarisation needs values between 0 and "
-                    f"1 and '{self.name}' has {low:g} to {high:g}; give `top`, the stored value "
-                    f"that counts as 1 (255 for pixels), or a likelihood for such values"
+                    f"1 and '{self.name}' has {low:g} to {high:g}; give the stored value that "
+                    f"counts as 1 (255 for pixels) as --top, in Python top=, or a likelihood for "
+                    f"such values"
                 )
         return self.map(lambda part: dataclasses.replace(part, view=view))
 

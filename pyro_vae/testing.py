@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["check_likelihood", "check_pair", "check_prior", "elementary", "unvalidated"]
+__all__ = [
+    "check_likelihood",
+    "check_pair",
+    "check_posterior",
+    "check_prior",
+    "elementary",
+    "unvalidated",
+]
 
 import copy
 import math
@@ -19,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
 from pyro_vae.evaluation import Pair
-from pyro_vae.vae import as_pyro
+from pyro_vae.vae import VAE, as_pyro, check_parts
 
 
 def check_pair(pair: Pair, *batch: Tensor) -> None:
@@ -27,8 +34,9 @@ def check_pair(pair: Pair, *batch: Tensor) -> None:
 
     Checked are the latent sites of both programs, the shape of every site within its plates
     (with two and with three data, so that no width passes for the batch by coincidence),
-    that every log-density is finite, and that the data lie in the support of their
-    likelihood. Random state, buffers and parameters stay as they were.
+    that every log-density is finite, that the guide draws values in the support of the
+    model's latent sites, and that the data lie in that of their likelihood. Random state,
+    buffers and parameters stay as they were.
 
     Args:
         pair: Module with methods ``model`` and ``guide``.
@@ -47,6 +55,8 @@ def check_pair(pair: Pair, *batch: Tensor) -> None:
         ... )
         >>> check_pair(vae, (torch.rand(4, 9) > 0.5).float())
     """
+    if isinstance(pair, VAE):
+        check_parts(pair)
     with _undisturbed(pair, batch), torch.no_grad(), unvalidated():
         for size in sorted({min(size, len(batch[0])) for size in (2, 3)}):
             _check_programs(pair, batch, size)
@@ -94,6 +104,85 @@ def check_prior(prior: nn.Module, *context: Tensor, seed: int = 0) -> None:
             _check_integral(density, draws)
             _check_copies(prior, lambda part, to: part(*map(to, row)), draws[:100])
         _check_gradients(prior, density.log_prob(draws[:100]))
+
+
+def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int = 0) -> None:
+    """Hold a posterior against its contract by numbers, as `check_prior` does a prior.
+
+    Beyond what is checked of a prior, for the first datum: a batch shape that is the data's;
+    draws through which gradients flow, and pathwise gradients of an expectation that agree
+    with those of the score function (Mohamed et al., 2020, Monte Carlo Gradient Estimation,
+    sections 4 and 5) along a random direction in the parameters. A sound posterior fails
+    with a probability below 1e-4 for each check.
+
+    Args:
+        posterior: ``posterior(x, *context)`` is a distribution over a vector of few dimensions.
+        x: A few data ``(N, *shape)``.
+        context: What else each of these data brings.
+        seed: Seed of all draws; the random state stays as it was.
+
+    Raises:
+        ValueError: The first promise that is broken.
+
+    Example:
+        >>> from pyro_vae import MLP, posteriors
+        >>> check_posterior(posteriors.Normal(MLP(4, [8], (2, 3))), torch.randn(2, 4))
+    """
+    with _undisturbed(posterior, (x, *context)), unvalidated():
+        torch.manual_seed(seed)
+        whole = as_pyro(posterior(x, *context))
+        if whole.batch_shape != x.shape[:1] or len(whole.event_shape) != 1:
+            raise ValueError(
+                f"for {len(x)} data the posterior has batch shape {tuple(whole.batch_shape)} and "
+                f"event shape {tuple(whole.event_shape)}: declare the latent vector, and nothing "
+                f"else, as event by .to_event(1)"
+            )
+        if not whole.has_rsample or not whole.rsample().requires_grad:
+            raise ValueError(
+                "no gradient flows through the draws of the posterior: give a distribution with "
+                "rsample, whose parameters come from the encoder"
+            )
+        row = tuple(tensor[:1] for tensor in (x, *context))
+        density = as_pyro(posterior(*row))
+        with torch.no_grad():
+            draws = density.sample((_DRAWS,)).reshape(_DRAWS, -1)
+            _check_particles(density, draws[:6])
+            _check_integral(density, draws)
+            values = density.sample((100,))
+            _check_copies(posterior, lambda part, to: part(*map(to, row)), values)
+        _check_gradients(posterior, density.log_prob(values))
+        _check_pathwise(posterior, row)
+
+
+def _check_pathwise(posterior: nn.Module, row: tuple[Tensor, ...]) -> None:
+    """Both gradients of ``E_q[cos(a z) + |z|^2 / 4]`` agree along a random direction."""
+    parameters = [each for each in posterior.parameters() if each.requires_grad]
+    direction = [torch.randn_like(each) for each in parameters]
+    slope: Tensor = as_pyro(posterior(*row)).sample()
+    angle = torch.randn(slope.shape[-1], device=slope.device).to(slope)
+
+    def target(z: Tensor) -> Tensor:
+        return (z @ angle).cos() + (z**2).sum(-1) / 4
+
+    def along(objective: Tensor) -> float:
+        gradients = torch.autograd.grad(objective, parameters, allow_unused=True)
+        pairs = zip(gradients, direction, strict=True)
+        return float(sum((g * d).sum() for g, d in pairs if g is not None))
+
+    pathwise, score = list[float](), list[float]()
+    for _ in range(150):
+        density = as_pyro(posterior(*row))
+        pathwise.append(along(target(density.rsample((200,))).mean()))
+        density = as_pyro(posterior(*row))
+        z = density.sample((200,))
+        centred = target(z) - target(density.sample((200,))).mean()
+        score.append(along((centred.detach() * density.log_prob(z)).mean()))
+    probability = stats.ttest_ind(pathwise, score, equal_var=False).pvalue
+    if probability < _FALSE_ALARM:
+        raise ValueError(
+            f"the gradient through the draws is {sum(pathwise) / 150:.4g} and that by the score "
+            f"function {sum(score) / 150:.4g} (p = {probability:.1g}): rsample and log_prob differ"
+        )
 
 
 def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: int = 0) -> None:
@@ -349,6 +438,8 @@ def _check_programs(pair: Pair, batch: tuple[Tensor, ...], size: int) -> None:
         model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*rows)
         model = prune_subsample_sites(model)
     _check_sites(model, guide)
+    for name in model.stochastic_nodes:
+        _check_latent(name, model.nodes[name]["fn"], guide.nodes[name]["fn"])
     for name in model.observation_nodes:
         _check_support(name, model.nodes[name], batch[0])
     with _worded("model", size):
@@ -368,6 +459,19 @@ def _check_sites(model: poutine.Trace, guide: poutine.Trace) -> None:
         raise ValueError(f"the guide draws a site '{extra[0]}' that is not latent in the model")
     if not model.observation_nodes:
         raise ValueError("the model observes no data: none of its sites has obs=x")
+
+
+def _check_latent(name: str, prior: Any, posterior: Any) -> None:
+    """Draws of the guide lie where the model has density."""
+    draws = posterior.sample((100,))
+    inside = prior.support.check(draws)
+    if not inside.all():
+        wrong = draws[~inside].flatten()
+        raise ValueError(
+            f"the guide draws values of {name} outside the support of {_family(prior)} in the "
+            f"model, {wrong[0]:g} for one: give them the same support, since a bound over "
+            f"another one is none"
+        )
 
 
 def _check_support(name: str, site: Any, x: Tensor) -> None:
@@ -418,7 +522,9 @@ def _worded(program: str, size: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).partition("Trace Shapes")[0].split())
+        if "Shape mismatch inside plate" in reason:
+            reason += "; declare all dimensions but the data's as event by .to_event(n)"
         raise ValueError(f"the {program} cannot run on {size} data: {reason}") from error
 
 

@@ -19,6 +19,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -54,7 +55,8 @@ def fit(
 
     Each step ascends the objective summed over its batch, so clipping and the step sizes of
     plain SGD depend on the batch size. After the last epoch the pair has its best weights
-    by the bound on the validation split, or its last ones where that split is empty.
+    by the bound on the validation split, or its last ones where that split is empty, and is
+    in evaluation mode. Without warm-up the steps are those of `pyro.infer.SVI`.
 
     Every row of the metrics has ``epoch``, ``samples`` (training data seen), ``loss`` (what
     was optimised, per datum), ``weight`` (of the KL at the epoch's end), ``learning_rate``,
@@ -75,11 +77,13 @@ def fit(
         patience: Stop after so many epochs, counted from the end of the warm-up, without a
             better bound on the validation split.
         seed: Seed of the order and the binarisation; z is drawn from torch's own generator.
-        run: Folder to write metrics and weights to.
+        run: Folder to write metrics and weights to, which `pyro_vae.restore` reads.
         progress: Whether to show a bar.
 
     Raises:
+        TypeError: An argument of another kind.
         ValueError: Settings or data that do not fit, found before the first step.
+        FileExistsError: The folder holds another run.
         FloatingPointError: The loss or a gradient is NaN or infinite. The weights are those
             before that step.
 
@@ -92,6 +96,7 @@ def fit(
         >>> [row["samples"] for row in rows]
         [1437, 2874]
     """
+    _check_kinds(data, objective, optimizer)
     _check_settings(len(data.train), epochs, batch_size, warmup, clip, patience)
     parameters = [each for each in pair.parameters() if each.requires_grad]
     if not parameters:
@@ -146,6 +151,7 @@ def fit(
                 scheduler.step()
             if patience and epoch - max(best.epoch, math.ceil(warmup * epochs)) >= patience:
                 break
+    pair.eval()
     return rows
 
 
@@ -160,7 +166,12 @@ class _Best:
     def offer(self, row: Metrics) -> None:
         """Keep the pair's weights where the row has a better bound than any before."""
         elbo = row.get("elbo", math.inf)
-        if elbo > self.elbo or elbo == math.inf:
+        if math.isnan(elbo):
+            raise FloatingPointError(
+                f"the bound on the validation data is NaN in epoch {row['epoch']:.0f}; a smaller "
+                f"learning rate or clipping usually helps"
+            )
+        if not self.weights or elbo > self.elbo or elbo == math.inf:
             self.elbo, self.epoch = elbo, int(row["epoch"])
             self.weights = {key: value.clone() for key, value in self.pair.state_dict().items()}
             if self.run:
@@ -174,6 +185,21 @@ class _Best:
             checkpoints.save(self.pair, self.run / "last.safetensors")
         if kind is None:
             self.pair.load_state_dict(self.weights)
+
+
+def _check_kinds(data: Any, objective: Any, optimizer: Any) -> None:
+    if not isinstance(data, Data):
+        raise TypeError(
+            f"fit takes data in splits, as from data.load or data.split, not a "
+            f"{type(data).__name__}"
+        )
+    if not (objective is None or isinstance(objective, ELBO)):
+        raise TypeError(f"the objective must be an ELBO, such as Trace_ELBO(), not {objective!r}")
+    if isinstance(optimizer, (Optimizer, PyroOptim)) or not callable(optimizer):
+        raise TypeError(
+            "the optimizer must be a function of the parameters, such as "
+            "partial(torch.optim.Adam, lr=1e-3)"
+        )
 
 
 def _check_settings(
@@ -235,13 +261,16 @@ def _log(run: str | Path | None) -> Iterator[Callable[[Metrics], None]]:
     if run is None:
         yield lambda row: None
         return
+    Path(run).mkdir(parents=True, exist_ok=True)
+    if (Path(run) / "metrics.jsonl").exists():
+        raise FileExistsError(f"'{run}' holds another run; choose another folder")
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         board = None
     else:
         board = SummaryWriter(str(run))
-    with (Path(run) / "metrics.jsonl").open("a") as file:
+    with (Path(run) / "metrics.jsonl").open("x") as file:
 
         def log(row: Metrics) -> None:
             file.write(json.dumps(row) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["VAE", "as_pyro", "declare"]
+__all__ = ["VAE", "as_pyro", "check_parts", "declare"]
 
 import copy
 import functools
@@ -31,7 +31,8 @@ class VAE(nn.Module):
         posterior: ``posterior(x, *context)`` is q(z|x).
 
     Raises:
-        TypeError: A part is a `PyroModule`, which would register its parameters twice.
+        TypeError: A part is no module, or a `PyroModule`, which would register its
+            parameters twice.
 
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -50,12 +51,7 @@ class VAE(nn.Module):
     def __init__(self, prior: nn.Module, likelihood: nn.Module, posterior: nn.Module) -> None:
         super().__init__()
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
-        for name, module in self.named_modules():
-            if isinstance(module, PyroModule):
-                raise TypeError(
-                    f"'{name}' is a PyroModule, whose parameters would be registered twice; "
-                    f"make it a plain torch.nn.Module"
-                )
+        check_parts(self)
 
     def model(self, x: Tensor | None = None, *context: Tensor, size: int = 1) -> Tensor:
         """``z ~ p(z), x ~ p(x|z)`` for each datum; without `x`, `size` data are drawn."""
@@ -94,6 +90,24 @@ class VAE(nn.Module):
         return self.decode(self.encode(x, *context).sample(), *context).mean
 
 
+def check_parts(vae: VAE) -> None:
+    """Refuse parts that are no plain modules.
+
+    Raises:
+        TypeError: A part is no module, or a `PyroModule`.
+    """
+    for name in ("prior", "likelihood", "posterior"):
+        part = getattr(vae, name)
+        if not isinstance(part, nn.Module):
+            raise TypeError(f"the {name} must be a torch.nn.Module, not a {type(part).__name__}")
+    for name, module in vae.named_modules():
+        if isinstance(module, PyroModule):
+            raise TypeError(
+                f"'{name}' is a PyroModule, whose parameters would be registered twice; make it "
+                f"a plain torch.nn.Module"
+            )
+
+
 def declare(module: nn.Module) -> None:
     """Emit every trainable parameter of `module` as a Pyro ``param`` site.
 
@@ -127,7 +141,11 @@ def as_pyro(distribution: Distribution) -> Any:
 
 @functools.cache
 def _mixed(family: Any) -> Any:
-    """`family` with Pyro's methods, and what zuko's distributions leave out of torch's."""
+    """`family` with Pyro's methods, and what zuko's distributions leave out of torch's.
+
+    These take sizes as `torch.Size` only, which Pyro does not promise, and have no support,
+    which Pyro needs to initialise and transform a site.
+    """
 
     class Mixed(family, TorchDistributionMixin):
         def __call__(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -159,6 +177,7 @@ def _mixed(family: Any) -> Any:
 
 
 def _site(parameter: nn.Parameter, *, constraint: constraints.Constraint) -> Tensor:
+    # Pyro's optimisers ask a site's value for the unconstrained leaf that they should step.
     value = parameter.view_as(parameter)
     value.unconstrained = lambda: parameter  # type: ignore[attr-defined]
     return value

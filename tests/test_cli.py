@@ -339,7 +339,7 @@ def test_evaluate_prints_the_bound_of_the_vae_that_load_gives(split, particles, 
     assert capsys.readouterr().out == (
         f"{split}: ELBO {values['elbo']:.2f} ± {values['standard_error']:.2f}, reconstruction "
         f"{values['reconstruction']:.2f}, KL {values['kl']:.2f} "
-        f"(nats, per datum, {len(part):,} data)\n"
+        f"(nats, per datum, mean and standard error over {len(part):,} data)\n"
     )
 
 

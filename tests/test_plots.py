@@ -109,7 +109,7 @@ def test_a_strip_shows_its_rows_under_each_other_by_name(names, tmp_path):
     rows = {name: tiles(*[value] * 5) for name, value in zip(names, brightness, strict=True)}
     figure = plots.strip(rows)
     picture = pixels(figure, tmp_path / "a.png")
-    assert [axes.get_ylabel() for axes in figure.axes] == names
+    assert [text.get_text() for text in figure.texts] == names
     boxes = [axes.get_window_extent() for axes in figure.axes]
     assert [box.y0 for box in boxes] == sorted((box.y0 for box in boxes), reverse=True)
     for box, value in zip(boxes, brightness, strict=True):

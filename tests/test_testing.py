@@ -5,10 +5,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 from linear import linear_vae
+from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_vae import MLP, VAE, ConvEncoder, likelihoods, posteriors, priors
-from pyro_vae.testing import check_likelihood, check_pair, check_prior, unvalidated
+from pyro_vae.testing import (
+    check_likelihood,
+    check_pair,
+    check_posterior,
+    check_prior,
+    unvalidated,
+)
 
 X = torch.randn(6, 4)
 
@@ -284,3 +291,75 @@ def test_laws_on_half_a_line_keep_the_contract(law):
             return law(self.network(z).exp()).to_event(1)
 
     check_likelihood(Rate(MLP(2, [8], 3)), torch.randn(4, 2))
+
+
+class Uncertain(posteriors.Posterior):
+    """A posterior with one fault."""
+
+    def __init__(self, fault):
+        super().__init__(MLP(4, [8], (2, 2)))
+        self.fault = fault
+
+    def forward(self, x, *context):
+        loc, log_scale = self.network(x).unbind(-2)
+        law = UNCERTAIN.get(self.fault, dist.Normal)(loc, log_scale.exp())
+        return law if self.fault == "event" else law.to_event(1)
+
+
+class Unpathed(dist.Normal):
+    """Draws that are right, whose path loses half of the location's gradient."""
+
+    def rsample(self, sample_shape=()):
+        loc = (self.loc + self.loc.detach()) / 2
+        return dist.Normal(loc, self.scale).rsample(sample_shape)
+
+
+class Blocked(dist.Normal):
+    has_rsample = False
+
+
+UNCERTAIN = {"path": Unpathed, "blocked": Blocked, "misdrawn": Misdrawn}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("event", r"has batch shape \(3, 2\) and event shape \(\)"),
+        ("blocked", "no gradient flows through the draws"),
+        ("misdrawn", "draws do not follow the density"),
+        ("path", "rsample and log_prob differ"),
+    ],
+)
+def test_a_posterior_that_breaks_its_promise_is_told_which(fault, message):
+    x = torch.randn(3, 4)
+    check_posterior(Uncertain("none"), x)
+    with pytest.raises(ValueError, match=message):
+        check_posterior(Uncertain(fault), x)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        lambda: dist.Exponential(torch.ones(2)).to_event(1),
+        lambda: dist.Beta(torch.ones(2), torch.ones(2)).to_event(1),
+        lambda: dist.Dirichlet(torch.ones(2)),
+        lambda: dist.Bernoulli(torch.full([2], 0.5)).to_event(1),
+        lambda: dist.Poisson(torch.ones(2)).to_event(1),
+        lambda: dist.OneHotCategorical(torch.ones(2)),
+    ],
+)
+def test_a_prior_on_another_support_than_the_posterior_is_refused(law):
+    class Elsewhere(priors.Prior):
+        def forward(self):
+            return law()
+
+    vae = linear_vae(4, 2)
+    with pytest.raises(ValueError, match="the guide draws values of z outside the support of"):
+        check_pair(VAE(Elsewhere(), vae.likelihood, vae.posterior), X)
+
+
+def test_a_part_that_was_replaced_by_a_pyro_module_is_refused():
+    vae = linear_vae(4, 2)
+    vae.prior = PyroModule()
+    with pytest.raises(TypeError, match="'prior' is a PyroModule"):
+        check_pair(vae, X)

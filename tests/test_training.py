@@ -89,7 +89,7 @@ def test_metrics_are_those_of_the_validation_split(vae, digits, tmp_path):
 
 def test_it_ends_with_the_best_weights_and_keeps_the_last(tmp_path):
     vae, rows = linear_vae(4, 2), normal_data()
-    metrics = quiet(vae, rows, epochs=30, run=tmp_path, optimizer=partial(Adam, lr=0.3), warmup=0)
+    metrics = quiet(vae, rows, epochs=30, run=tmp_path, optimizer=partial(Adam, lr=1.0), warmup=0)
     best = max(range(30), key=lambda index: metrics[index]["elbo"])
     assert best < 29
     last, chosen = linear_vae(4, 2), linear_vae(4, 2)
@@ -230,3 +230,35 @@ def test_rows_far_into_the_data_are_checked_too():
     vae = VAE(vae.prior, likelihoods.Bernoulli(MLP(2, [], 4)), vae.posterior)
     with pytest.raises(ValueError, match=r"outside the support of Bernoulli, 3\.14159 for one"):
         quiet(vae, rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": torch.randn(40, 4)}, "data in splits, as from data.load or data.split"),
+        ({"objective": Trace_ELBO}, r"the objective must be an ELBO, such as Trace_ELBO\(\)"),
+        ({"optimizer": pyro.optim.Adam({"lr": 1e-3})}, "a function of the parameters"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(options, message):
+    with pytest.raises(TypeError, match=message):
+        quiet(**{"pair": linear_vae(4, 2), "data": normal_data(), **options})
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    quiet(linear_vae(4, 2), normal_data(), epochs=1, run=tmp_path / "new" / "run")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "new" / "run").iterdir()}
+    with pytest.raises(FileExistsError, match="holds another run"):
+        quiet(linear_vae(4, 2), normal_data(), epochs=1, run=tmp_path / "new" / "run")
+    assert kept == {path.name: path.read_bytes() for path in (tmp_path / "new" / "run").iterdir()}
+
+
+def test_a_bound_that_is_nan_on_validation_data_stops():
+    class Stumbling(nn.Module):
+        def forward(self, x):
+            return x if self.training else x * float("nan")
+
+    vae = linear_vae(4, 2)
+    vae.posterior.network.hidden = Stumbling()
+    with pytest.raises(FloatingPointError, match="bound on the validation data is NaN in epoch 1"):
+        quiet(vae, normal_data(), epochs=2)
