@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -211,6 +212,11 @@ def find(name: str, kind: str, *, allow: Collection[str] | None = None) -> type:
     module, _, last = name.rpartition(".")
     if not module or module in {home.__name__ for home in homes}:
         found = _classes(kind).get(last)
+        if found is None and hasattr(sys.modules.get(module), last):
+            raise ValueError(
+                f"{kind} '{name}' is not for a VAE in minibatches; there are "
+                f"{', '.join(named(kind))}, or give the import path of your own class"
+            )
         if found is None:
             raise ValueError(_unknown(last, kind))
         return found

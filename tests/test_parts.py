@@ -302,3 +302,9 @@ def test_a_step_that_needs_more_than_training_knows_is_refused(name, kind, needs
     given = {"params": [nn.Parameter(torch.zeros(2))], "lr": 0.1, "optimizer": optimizer}
     with pytest.raises(ValueError, match=f"{name} cannot train here, since its step .*{needs}"):
         make(Part(name), kind, **given)
+
+
+@pytest.mark.parametrize("name", ["pyro.infer.RenyiELBO", "pyro.infer.JitTrace_ELBO"])
+def test_an_objective_that_goes_wrong_in_minibatches_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}' is not for a VAE in minibatches; there are"):
+        find(name, "objective")

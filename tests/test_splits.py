@@ -414,7 +414,9 @@ def test_unusable_options_are_refused(options, match):
 def test_binarisation_outside_the_unit_interval_is_refused_in_any_split(view, row, value, span):
     x = torch.zeros(20, 1)
     x[row] = value
-    with pytest.raises(ValueError, match=rf"'it' has {span}; give the stored value that counts as 1"):
+    with pytest.raises(
+        ValueError, match=rf"'it' has {span}; give the stored value that counts as 1"
+    ):
         split(x, view=view, ordered=True, name="it")
 
 
