@@ -39,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 _GIVEN = {"latent", "shape", "encoder", "decoder", "posterior", "data", "params", "lr"}
 _GIVEN |= {"optimizer"}
 _POSITIONAL = {"run", "name"}
+_ALLOW = "Module of your own, one for each --allow, that"
 _WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -139,7 +140,7 @@ def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[s
         _check_classes(given)
         parser.add_argument("--config", action="config", help="Repeat a run from its config.yaml.")
         parser.add_argument(
-            "--allow", nargs="*", default=[], help="Modules of your own that --config may import."
+            "--allow", action="append", default=[], help=f"{_ALLOW} --config may import."
         )
     _add(parser, command)
     try:
@@ -203,7 +204,8 @@ def _add(parser: ArgumentParser, target: Callable[..., Any]) -> None:
             )
         elif get_origin(hint) is Sequence:
             kind = get_args(hint)[0]
-            parser.add_argument(option, nargs="*", type=kind, default=list(default), **text)
+            many: dict[str, Any] = {"action": "append"} if kind is str else {"nargs": "*"}
+            parser.add_argument(option, type=kind, default=list(default), **many, **text)
         else:
             parser.add_argument(option, type=hint, default=default, **text)
 

@@ -53,7 +53,7 @@ class Run:
         data_dir: Folder of the named data sets.
         seed: Seed of every draw.
         device: cpu, cuda or cuda:N (default: a GPU where there is one).
-        allow: Modules of your own that the run may import.
+        allow: Module of your own, one for each --allow, that the run may import.
     """
 
     run: str

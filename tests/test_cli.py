@@ -471,13 +471,16 @@ def test_a_prior_of_ones_own_trains_and_opens_where_it_is_allowed(my_file, here,
         assert "prior 'my_file.MyPrior' lies outside this package and may run any code" in said
         assert "--allow my_file" in said
     assert call("sample run --allow my_file --out a.png") == 0
+    assert call("sample --allow my_file run --out b.png") == 0
     assert readable(here / "a.png")
     assert load("run", allow=["my_file"]).prior().base_dist.scale.unique().item() == 3.0
     assert call("train --config run/config.yaml --allow my_file --out again") == 0
     assert weights(here / "again") == weights(here / "run")
 
 
-@pytest.mark.parametrize("allow", ["--allow my_file", "--allow=my_file", "--allow other my_file"])
+@pytest.mark.parametrize(
+    "allow", ["--allow my_file", "--allow=my_file", "--allow other --allow my_file"]
+)
 def test_modules_are_allowed_by_name(allow, my_file, here, capsys):
     (here / "config.yaml").write_text("prior: {class_path: my_file.MyPrior}\n")
     line = "train --config config.yaml --epochs 0 --out new"
