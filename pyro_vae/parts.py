@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 import pyro.infer
 import torch
@@ -273,8 +273,9 @@ def _classes(kind: str) -> dict[str, type]:
     return {
         name: each
         for name, each in vars(home).items()
-        if inspect.isclass(each) and issubclass(each, interface) and not inspect.isabstract(each)
-        if not name.startswith("_") and each is not interface
+        if inspect.isclass(each) and get_origin(each) is None  # Python 3.10 calls aliases classes
+        if issubclass(each, interface) and not inspect.isabstract(each) and each is not interface
+        if not name.startswith("_")
     }
 
 

@@ -50,7 +50,7 @@ def test_tiles_keep_the_pixels_of_an_image_in_place():
 def test_colours_go_last_in_a_canvas():
     x = torch.rand(2, 3, 2, 2)
     canvas = np.ones((2, 5, 3))
-    canvas[:, :2], canvas[:, 3:] = x.permute(0, 2, 3, 1)
+    canvas[:, :2], canvas[:, 3:] = x.permute(0, 2, 3, 1).numpy()
     assert_array_equal(plots._tiled(x, 2), canvas)
 
 
