@@ -17,9 +17,9 @@ from torch.distributions import constraints
 
 from pyro_vae import checkpoints
 from pyro_vae.data import SOURCES, Data, Split, folder, load
+from pyro_vae.pairs import elementary
 from pyro_vae.parts import Blueprint, Part, make
 from pyro_vae.runs import VIEWS, Run, dataset_of, device_of, evaluate, pictures, print_paths
-from pyro_vae.testing import elementary
 from pyro_vae.training import fit
 from pyro_vae.vae import VAE, as_pyro
 

@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "check_likelihood",
-    "check_pair",
-    "check_posterior",
-    "check_prior",
-    "elementary",
-    "unvalidated",
-]
+__all__ = ["check_likelihood", "check_pair", "check_posterior", "check_prior"]
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.util import prune_subsample_sites
 from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
-from pyro_vae.evaluation import Pair
-from pyro_vae.vae import VAE, as_pyro, check_parts
-
-
-def check_pair(pair: Pair, *batch: Tensor) -> None:
-    """Run model and guide on a few data and say in a sentence what does not fit.
-
-    Checked are the latent sites of both programs, the shape of every site within its plates
-    (with two and with three data, so that no width passes for the batch by coincidence),
-    that every log-density is finite, that the guide draws values in the support of the
-    model's latent sites, and that the data lie in that of their likelihood. Random state,
-    buffers and parameters stay as they were.
-
-    Args:
-        pair: Module with methods ``model`` and ``guide``.
-        batch: A batch ``(x, *context)``. The programs run on its first rows; all of x is
-            held against the support where that is the same for every datum.
-
-    Raises:
-        ValueError: The first promise that is broken.
-
-    Example:
-        >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
-        >>> vae = VAE(
-        ...     prior=priors.Normal(2),
-        ...     likelihood=likelihoods.Bernoulli(MLP(2, [], 9)),
-        ...     posterior=posteriors.Normal(MLP(9, [], (2, 2))),
-        ... )
-        >>> check_pair(vae, (torch.rand(4, 9) > 0.5).float())
-    """
-    if isinstance(pair, VAE):
-        check_parts(pair)
-    with _undisturbed(pair, batch), torch.no_grad(), unvalidated():
-        for size in sorted({min(size, len(batch[0])) for size in (2, 3)}):
-            _check_programs(pair, batch, size)
+from pyro_vae.pairs import check_pair, family, undisturbed, unvalidated
+from pyro_vae.vae import as_pyro
 
 
 def check_prior(prior: nn.Module, *context: Tensor, seed: int = 0) -> None:
@@ -89,7 +45,7 @@ def check_prior(prior: nn.Module, *context: Tensor, seed: int = 0) -> None:
         >>> check_prior(priors.MixtureOfNormals(3, components=5))
     """
     row = tuple(c[:1] for c in context)
-    with _undisturbed(prior, row), unvalidated():
+    with undisturbed(prior, row), unvalidated():
         torch.manual_seed(seed)
         density = as_pyro(prior(*row))
         batch, event = tuple(density.batch_shape), tuple(density.event_shape)
@@ -128,7 +84,7 @@ def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int
         >>> from pyro_vae import MLP, posteriors
         >>> check_posterior(posteriors.Normal(MLP(4, [8], (2, 3))), torch.randn(2, 4))
     """
-    with _undisturbed(posterior, (x, *context)), unvalidated():
+    with undisturbed(posterior, (x, *context)), unvalidated():
         torch.manual_seed(seed)
         whole = as_pyro(posterior(x, *context))
         if whole.batch_shape != x.shape[:1] or len(whole.event_shape) != 1:
@@ -152,6 +108,65 @@ def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int
             _check_copies(posterior, lambda part, to: part(*map(to, row)), values)
         _check_gradients(posterior, density.log_prob(values))
         _check_pathwise(posterior, row)
+
+
+def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: int = 0) -> None:
+    """Hold a likelihood of independent elements against its contract by numbers.
+
+    Checked are: a batch shape that is that of z without its last dimension; densities under
+    particles as one by one; that the law of each element sums or integrates to 1 and its
+    draws follow it (Kolmogorov-Smirnov, or chi-squared where it is discrete); the same
+    density in double precision and after a `state_dict` round trip; a gradient for every
+    trainable parameter. A sound likelihood fails with a probability below 1e-4. Continuous
+    laws are integrated on a grid and need a bounded density.
+
+    Args:
+        likelihood: ``likelihood(z, *context)`` is a distribution over x.
+        z: A few latents ``(N, latent)``; all elements of N data are checked, so keep N and
+            the data small.
+        context: What else each of these data brings.
+        seed: Seed of all draws; the random state stays as it was.
+
+    Raises:
+        ValueError: The first promise that is broken.
+        NotImplementedError: The elements of x are not independent given z.
+
+    Example:
+        >>> from pyro_vae import MLP, likelihoods
+        >>> check_likelihood(likelihoods.Normal(MLP(2, [8], 5)), torch.randn(3, 2))
+    """
+    with undisturbed(likelihood, (z, *context)), unvalidated():
+        torch.manual_seed(seed)
+        density = as_pyro(likelihood(z, *context))
+        if density.batch_shape != z.shape[:-1] or not density.event_shape:
+            raise ValueError(
+                f"for latents {tuple(z.shape)} the likelihood has batch shape "
+                f"{tuple(density.batch_shape)} and event shape {tuple(density.event_shape)}: "
+                f"declare all but the batch of z as event by .to_event(n)"
+            )
+        element = density
+        while isinstance(element, Independent):
+            element = element.base_dist
+        if element.event_shape:
+            raise NotImplementedError(f"{family(density)} is no law of independent elements")
+        with torch.no_grad():
+            x = density.sample()
+            if not density.support.check(x).all():
+                raise ValueError("a draw lies outside the support that the likelihood declares")
+            particles = as_pyro(likelihood(torch.stack([z, z.flip(0)]), *context))
+            alone = as_pyro(likelihood(z.flip(0), *context))
+            if not torch.allclose(particles.log_prob(x)[1], alone.log_prob(x), rtol=1e-4):
+                raise ValueError(
+                    "the density of several particles is not that of each: map latents "
+                    "(..., latent) under any leading dimensions"
+                )
+            _check_elements(element)
+            _check_copies(likelihood, lambda part, to: part(to(z), *map(to, context)), x)
+        _check_gradients(likelihood, density.log_prob(x))
+
+
+_DRAWS = 5000
+_FALSE_ALARM = 1e-4  # of each check, divided among its tests
 
 
 def _check_pathwise(posterior: nn.Module, row: tuple[Tensor, ...]) -> None:
@@ -183,61 +198,6 @@ def _check_pathwise(posterior: nn.Module, row: tuple[Tensor, ...]) -> None:
             f"the gradient through the draws is {sum(pathwise) / 150:.4g} and that by the score "
             f"function {sum(score) / 150:.4g} (p = {probability:.1g}): rsample and log_prob differ"
         )
-
-
-def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: int = 0) -> None:
-    """Hold a likelihood of independent elements against its contract by numbers.
-
-    Checked are: a batch shape that is that of z without its last dimension; densities under
-    particles as one by one; that the law of each element sums or integrates to 1 and its
-    draws follow it (Kolmogorov-Smirnov, or chi-squared where it is discrete); the same
-    density in double precision and after a `state_dict` round trip; a gradient for every
-    trainable parameter. A sound likelihood fails with a probability below 1e-4. Continuous
-    laws are integrated on a grid and need a bounded density.
-
-    Args:
-        likelihood: ``likelihood(z, *context)`` is a distribution over x.
-        z: A few latents ``(N, latent)``; all elements of N data are checked, so keep N and
-            the data small.
-        context: What else each of these data brings.
-        seed: Seed of all draws; the random state stays as it was.
-
-    Raises:
-        ValueError: The first promise that is broken.
-        NotImplementedError: The elements of x are not independent given z.
-
-    Example:
-        >>> from pyro_vae import MLP, likelihoods
-        >>> check_likelihood(likelihoods.Normal(MLP(2, [8], 5)), torch.randn(3, 2))
-    """
-    with _undisturbed(likelihood, (z, *context)), unvalidated():
-        torch.manual_seed(seed)
-        density = as_pyro(likelihood(z, *context))
-        if density.batch_shape != z.shape[:-1] or not density.event_shape:
-            raise ValueError(
-                f"for latents {tuple(z.shape)} the likelihood has batch shape "
-                f"{tuple(density.batch_shape)} and event shape {tuple(density.event_shape)}: "
-                f"declare all but the batch of z as event by .to_event(n)"
-            )
-        element = density
-        while isinstance(element, Independent):
-            element = element.base_dist
-        if element.event_shape:
-            raise NotImplementedError(f"{_family(density)} is no law of independent elements")
-        with torch.no_grad():
-            x = density.sample()
-            if not density.support.check(x).all():
-                raise ValueError("a draw lies outside the support that the likelihood declares")
-            particles = as_pyro(likelihood(torch.stack([z, z.flip(0)]), *context))
-            alone = as_pyro(likelihood(z.flip(0), *context))
-            if not torch.allclose(particles.log_prob(x)[1], alone.log_prob(x), rtol=1e-4):
-                raise ValueError(
-                    "the density of several particles is not that of each: map latents "
-                    "(..., latent) under any leading dimensions"
-                )
-            _check_elements(element)
-            _check_copies(likelihood, lambda part, to: part(to(z), *map(to, context)), x)
-        _check_gradients(likelihood, density.log_prob(x))
 
 
 def _check_elements(law: Any) -> None:
@@ -303,10 +263,6 @@ def _chi_squared(probability: Tensor, values: Tensor, draws: Tensor) -> float:
         return 1.0
     statistic = ((seen - due) ** 2 / due).sum()
     return float(stats.chi2.sf(float(statistic), len(due) - 1))
-
-
-_DRAWS = 5000
-_FALSE_ALARM = 1e-4  # of each check, divided among its tests
 
 
 def _check_particles(density: Distribution, z: Tensor) -> None:
@@ -409,133 +365,3 @@ def _check_gradients(prior: nn.Module, scores: Tensor) -> None:
         if slope is None or not slope.isfinite().all():
             fault = "no" if slope is None else "a NaN or infinite"
             raise ValueError(f"the parameter '{name}' gets {fault} gradient from the density")
-
-
-@contextmanager
-def unvalidated() -> Iterator[None]:
-    """Switch off the validation of Pyro and torch for a while, and leave both as they were."""
-    before = Distribution._validate_args
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        Distribution.set_default_validate_args(before)
-
-
-def elementary(support: constraints.Constraint) -> constraints.Constraint:
-    """Return the support of one element, where elements are independent."""
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
-
-
-def _check_programs(pair: Pair, batch: tuple[Tensor, ...], size: int) -> None:
-    rows = tuple(tensor[:size] for tensor in batch)
-    with _worded("guide", size):
-        guide = prune_subsample_sites(poutine.trace(pair.guide).get_trace(*rows))
-        guide.compute_log_prob()
-    with _worded("model", size):
-        model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*rows)
-        model = prune_subsample_sites(model)
-    _check_sites(model, guide)
-    for name in model.stochastic_nodes:
-        _check_latent(name, model.nodes[name]["fn"], guide.nodes[name]["fn"])
-    for name in model.observation_nodes:
-        _check_support(name, model.nodes[name], batch[0])
-    with _worded("model", size):
-        model.compute_log_prob()
-    for program, trace in (("guide", guide), ("model", model)):
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample":
-                _check_score(name, program, site)
-
-
-def _check_sites(model: poutine.Trace, guide: poutine.Trace) -> None:
-    latent, guided = set(model.stochastic_nodes), set(guide.stochastic_nodes)
-    guided -= {name for name in guided if guide.nodes[name]["infer"].get("is_auxiliary")}
-    if missing := sorted(latent - guided):
-        raise ValueError(f"the guide draws no site '{missing[0]}', which is latent in the model")
-    if extra := sorted(guided - latent):
-        raise ValueError(f"the guide draws a site '{extra[0]}' that is not latent in the model")
-    if not model.observation_nodes:
-        raise ValueError("the model observes no data: none of its sites has obs=x")
-
-
-def _check_latent(name: str, prior: Any, posterior: Any) -> None:
-    """Draws of the guide lie where the model has density."""
-    draws = posterior.sample((100,))
-    inside = prior.support.check(draws)
-    if not inside.all():
-        wrong = draws[~inside].flatten()
-        raise ValueError(
-            f"the guide draws values of {name} outside the support of {_family(prior)} in the "
-            f"model, {wrong[0]:g} for one: give them the same support, since a bound over "
-            f"another one is none"
-        )
-
-
-def _check_support(name: str, site: Any, x: Tensor) -> None:
-    """Hold x against the support, elementwise where the support is one of single elements."""
-    support, value = site["fn"].support, site["value"]
-    element = elementary(support)
-    if value.shape[1:] == x.shape[1:] and not any(map(torch.is_tensor, vars(element).values())):
-        support, value = (element, x) if element.event_dim == 0 else (element, value)
-    inside = support.check(value)
-    if not inside.all():
-        wrong = value[~inside].flatten()
-        raise ValueError(
-            f"{wrong.numel()} values of {name} lie outside the support of {_family(site['fn'])}, "
-            f"{wrong[0]:g} for one: binarise the data (--binarisation dynamic or threshold; in "
-            f"Python view=dynamic), scale them, or choose a likelihood for such values"
-        )
-
-
-def _check_score(name: str, program: str, site: Any) -> None:
-    score: Tensor = site["log_prob"]
-    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
-    expected = [plates.get(dim, 1) for dim in range(-max(map(abs, plates), default=0), 0)]
-    if list(score.shape) != expected:
-        raise ValueError(
-            f"site '{name}' of the {program} has batch shape {tuple(score.shape)} where its "
-            f"plates have {tuple(expected)}: declare the rest as event by .to_event(n)"
-        )
-    if not score.isfinite().all():
-        raise ValueError(
-            f"the log-density of site '{name}' in the {program} is {_first_bad(score):g} at the "
-            f"start: check the initial weights, the scales and the range of the data"
-        )
-
-
-def _first_bad(score: Tensor) -> float:
-    return float(score[~score.isfinite()][0])
-
-
-def _family(distribution: Any) -> str:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return type(distribution).__name__
-
-
-@contextmanager
-def _worded(program: str, size: int) -> Iterator[None]:
-    """Turn what torch or Pyro says about a failing program into one sentence."""
-    try:
-        yield
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = " ".join(str(error).partition("Trace Shapes")[0].split())
-        if "Shape mismatch inside plate" in reason:
-            reason += "; declare all dimensions but the data's as event by .to_event(n)"
-        raise ValueError(f"the {program} cannot run on {size} data: {reason}") from error
-
-
-@contextmanager
-def _undisturbed(pair: Any, batch: tuple[Tensor, ...]) -> Iterator[None]:
-    """Leave random state and buffers (batch-norm statistics) as they were."""
-    buffers = dict(pair.named_buffers()) if isinstance(pair, nn.Module) else {}
-    kept = {name: buffer.clone() for name, buffer in buffers.items()}
-    devices = {tensor.device for tensor in batch if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(kept[name])

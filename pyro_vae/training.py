@@ -28,8 +28,8 @@ from tqdm import tqdm
 from pyro_vae import checkpoints
 from pyro_vae.evaluation import bound
 from pyro_vae.objectives import BetaELBO
+from pyro_vae.pairs import check_pair, unvalidated
 from pyro_vae.splits import Data, Split
-from pyro_vae.testing import check_pair, unvalidated
 
 Metrics = dict[str, float]
 ADAM = partial(torch.optim.Adam, lr=1e-3)

@@ -9,13 +9,8 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_vae import MLP, VAE, ConvEncoder, likelihoods, posteriors, priors
-from pyro_vae.testing import (
-    check_likelihood,
-    check_pair,
-    check_posterior,
-    check_prior,
-    unvalidated,
-)
+from pyro_vae.pairs import unvalidated
+from pyro_vae.testing import check_likelihood, check_pair, check_posterior, check_prior
 
 X = torch.randn(6, 4)
 
