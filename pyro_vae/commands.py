@@ -19,7 +19,7 @@ from pyro_vae import checkpoints
 from pyro_vae.data import SOURCES, Data, Split, folder, load
 from pyro_vae.pairs import elementary
 from pyro_vae.parts import Blueprint, Part, make
-from pyro_vae.runs import VIEWS, Run, dataset_of, device_of, evaluate, pictures, print_paths
+from pyro_vae.runs import VIEWS, Run, dataset_of, device_of, pictures, print_paths, score
 from pyro_vae.training import fit
 from pyro_vae.vae import VAE, as_pyro
 
@@ -141,10 +141,12 @@ def train(
             seed=seed,
             run=run,
         )
-    finished = Run(str(run), device=device, allow=_modules(blueprint))
+    shown = (dataset.test if len(dataset.test) else dataset.train).to(place)
+    finished = Run(str(run), device=device)
     if len(dataset.test):
-        evaluate(finished)
-    print_paths(pictures(finished, rows))
+        pyro.set_rng_seed(finished.seed)  # so that `evaluate RUN` says the same
+        print(score(vae, shown, "test"))
+    print_paths(pictures(finished, vae, shown, rows))
 
 
 def data(name: str | None = None, *, data_dir: str | None = None, download: bool = True) -> None:
@@ -249,9 +251,3 @@ def _described(vae: VAE, blueprint: Blueprint) -> str:
     names = [f"{getattr(blueprint, kind).name.split('.')[-1]} {kind}" for kind in kinds]
     count = sum(parameter.numel() for parameter in vae.parameters())
     return f"{', '.join(names)}, {blueprint.latent} latents, {count:,} parameters"
-
-
-def _modules(blueprint: Blueprint) -> list[str]:
-    """Modules of the classes that the user has named."""
-    parts = (blueprint.prior, blueprint.likelihood, blueprint.posterior)
-    return [part.name.rpartition(".")[0] for part in parts]

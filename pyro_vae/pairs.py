@@ -176,8 +176,10 @@ def undisturbed(pair: Any, batch: tuple[Tensor, ...]) -> Iterator[None]:
     buffers = dict(pair.named_buffers()) if isinstance(pair, nn.Module) else {}
     kept = {name: buffer.clone() for name, buffer in buffers.items()}
     devices = {tensor.device for tensor in batch if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(kept[name])
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(kept[name])

@@ -15,6 +15,7 @@ __all__ = [
     "print_paths",
     "reconstruct",
     "sample",
+    "score",
 ]
 
 import io
@@ -133,7 +134,7 @@ def evaluate(run: Run, *, split: SplitName = "test", particles: int = 10) -> Non
             weights).
     """
     vae = run.vae()
-    print(_score(vae, run.split(split), split, particles))
+    print(score(vae, run.split(split), split, particles=particles))
 
 
 def sample(run: Run, *, count: int = 64, label: int | None = None, out: str | None = None) -> None:
@@ -257,13 +258,9 @@ def encode(run: Run, *, split: SplitName = "test", out: str | None = None) -> No
     print(f"{target}: " + ", ".join(f"{key} {each.shape}" for key, each in values.items()))
 
 
-def pictures(run: Run, rows: Sequence[Mapping[str, float]]) -> list[Path]:
-    """Draw what a new run is looked at for."""
-    vae, folder = run.vae(), Path(run.run)
-    try:
-        part = run.split("test")
-    except ValueError:  # there is none
-        part = run.split("train")
+def pictures(run: Run, vae: VAE, part: Split, rows: Sequence[Mapping[str, float]]) -> list[Path]:
+    """Draw what a new run is looked at for, its VAE and a split of its data being at hand."""
+    pyro.set_rng_seed(run.seed)
     x, *context = _some(part, min(16, len(part)), run.seed)
     samples = vae.sample(len(x), *context, mean=True)
     reconstructions = {"data": x, "reconstruction": vae.reconstruct(x, *context)}
@@ -276,7 +273,7 @@ def pictures(run: Run, rows: Sequence[Mapping[str, float]]) -> list[Path]:
     if run.blueprint.latent == 2:
         labels = run.labels(400, 0 if run.blueprint.context else None)
         figures["manifold"] = plots.manifold(_grid(vae, 20, *labels), 20)
-    return [plots.save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+    return [plots.save(figure, Path(run.run) / f"{name}.png") for name, figure in figures.items()]
 
 
 def dataset_of(settings: Mapping[str, Any]) -> Data:
@@ -303,7 +300,8 @@ def _batches(part: Split) -> Iterator[tuple[Tensor, ...]]:
     return part.batches(1000, torch.Generator(part.x.device).manual_seed(0))
 
 
-def _score(vae: VAE, part: Split, name: str, particles: int) -> str:
+def score(vae: VAE, part: Split, name: str, *, particles: int = 10) -> str:
+    """Say the bound of a split and its halves in a line."""
     values = bound(vae, _batches(part), particles=particles).summary()
     return (
         f"{name}: ELBO {values['elbo']:.2f} ± {values['standard_error']:.2f}, reconstruction "

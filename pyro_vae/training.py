@@ -98,6 +98,8 @@ def fit(
     """
     _check_kinds(data, objective, optimizer)
     _check_settings(len(data.train), epochs, batch_size, warmup, clip, patience)
+    if patience and not len(data.validation):
+        raise ValueError("patience needs a validation split, whose bound it watches")
     parameters = [each for each in pair.parameters() if each.requires_grad]
     if not parameters:
         raise ValueError("there is nothing to train: every parameter is frozen")
@@ -118,6 +120,7 @@ def fit(
             pair.train()
             total, began = 0.0, time.perf_counter()
             for batch in data.train.batches(batch_size, generator, shuffle=True):
+                # Once warm, the objective is stepped as it is given, without a weight of 1.
                 warm = step >= warmup * budget
                 annealed.weight.fill_(1 if warm else step / (warmup * budget))
                 optim.zero_grad()

@@ -122,6 +122,22 @@ def test_random_state_and_statistics_stay():
     assert all(torch.equal(value, state[key]) for key, value in vae.state_dict().items())
 
 
+def test_statistics_stay_where_the_check_fails():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x.reshape(7)
+
+    vae = VAE(priors.Normal(2), linear_vae(4, 2).likelihood, posteriors.Normal(Counting()))
+    with pytest.raises(ValueError, match="the guide cannot run on 2 data"):
+        check_pair(vae, X)
+    assert vae.posterior.network.calls == 0
+
+
 @pytest.mark.parametrize("flag", [True, False])
 def test_validation_comes_back_as_it_was(flag):
     before = torch.distributions.Distribution._validate_args

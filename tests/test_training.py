@@ -217,6 +217,11 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_patience_without_a_validation_split_is_refused():
+    with pytest.raises(ValueError, match="patience needs a validation split"):
+        quiet(linear_vae(4, 2), normal_data(validation=0), patience=3)
+
+
 def test_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match="every parameter is frozen"):
         quiet(linear_vae(4, 2).requires_grad_(False), normal_data())
