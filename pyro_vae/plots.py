@@ -57,7 +57,10 @@ def curves(rows: Sequence[Mapping[str, float]]) -> Figure:
         right.set_axis_off()
     left.set_ylim(_limits([value for row in rows for value in (row.get("elbo"), -row["loss"])]))
     left.set_ylabel("nats per datum")
-    left.set_title("evidence lower bound")
+    left.set_title("training objective and validation bound")
+    warming = [row["samples"] for row in rows if row["weight"] < 1]
+    if warming:
+        left.axvspan(0, warming[-1], color="0.9", label="warm-up: the objective is no bound")
     left.legend()
     for axes in (left, right):
         axes.set_xlabel("training samples seen")

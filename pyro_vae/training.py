@@ -59,7 +59,8 @@ def fit(
     in evaluation mode. Without warm-up the steps are those of `pyro.infer.SVI`.
 
     Every row of the metrics has ``epoch``, ``samples`` (training data seen), ``loss`` (what
-    was optimised, per datum), ``weight`` (of the KL at the epoch's end), ``learning_rate``,
+    was optimised, per datum), ``weight`` (of the KL in the warm-up, the epoch's mean; while
+    it is below 1, minus the loss is no lower bound), ``learning_rate``,
     ``images_per_second`` and, in nats per datum on the validation split at weight 1,
     ``elbo`` with its halves ``reconstruction`` and ``kl`` and the ``standard_error`` of its
     mean.
@@ -118,11 +119,12 @@ def fit(
     with _bar(epochs * len(data.train), progress) as bar, _log(run) as log, best, _quiet():
         for epoch in range(1, epochs + 1):
             pair.train()
-            total, began = 0.0, time.perf_counter()
+            total, weights, began = 0.0, 0.0, time.perf_counter()
             for batch in data.train.batches(batch_size, generator, shuffle=True):
                 # Once warm, the objective is stepped as it is given, without a weight of 1.
                 warm = step >= warmup * budget
-                annealed.weight.fill_(1 if warm else step / (warmup * budget))
+                weight = 1.0 if warm else step / (warmup * budget)
+                annealed.weight.fill_(weight)
                 optim.zero_grad()
                 loss = (objective if warm else annealed).loss_and_grads(
                     pair.model, pair.guide, *batch
@@ -131,13 +133,13 @@ def fit(
                 if not (math.isfinite(loss) and norm.isfinite()):
                     raise FloatingPointError(_diagnosis(pair, batch, epoch, step + 1))
                 optim.step()
-                step, total = step + 1, total + loss
+                step, total, weights = step + 1, total + loss, weights + weight * len(batch[0])
                 bar.update(len(batch[0]))
             row: Metrics = {
                 "epoch": epoch,
                 "samples": epoch * len(data.train),
                 "loss": total / len(data.train),
-                "weight": annealed.weight.item(),
+                "weight": weights / len(data.train),
                 "learning_rate": optim.param_groups[0]["lr"],
                 "images_per_second": len(data.train) / (time.perf_counter() - began),
             }

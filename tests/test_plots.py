@@ -134,7 +134,8 @@ def test_what_is_no_image_is_drawn_as_a_heat_map(shape, tmp_path):
 
 
 def row(epoch, **values):
-    return {"epoch": epoch, "samples": 100.0 * epoch, "loss": 50.0 / epoch, **values}
+    fixed = {"epoch": epoch, "samples": 100.0 * epoch, "loss": 50.0 / epoch, "weight": 1.0}
+    return {**fixed, **values}
 
 
 def validated(epoch):
@@ -187,3 +188,11 @@ def test_a_curve_that_stands_still_is_drawn():
     rows = [{**validated(1), "samples": 100.0 * n, "loss": 31.0} for n in range(1, 20)]
     low, high = plots.curves(rows).axes[0].get_ylim()
     assert low < -31 < high
+
+
+@pytest.mark.parametrize(("weights", "until"), [([0.2, 0.9, 1, 1], 200.0), ([1, 1, 1], None)])
+def test_the_warm_up_is_shaded_since_its_objective_is_no_bound(weights, until):
+    rows = [row(n, weight=weight) for n, weight in enumerate(weights, 1)]
+    shades = plots.curves(rows).axes[0].patches
+    assert [shade.get_x() + shade.get_width() for shade in shades] == ([until] if until else [])
+    assert all("no bound" in shade.get_label() for shade in shades)

@@ -64,7 +64,7 @@ def test_the_kl_is_warmed_up_from_zero_to_one(monkeypatch):
     # 30 rows in batches of 10, 10 epochs: 30 steps, of which 12 are weighted.
     assert weights == pytest.approx([step / 12 for step in range(12)])
     assert [row["weight"] for row in rows] == pytest.approx(
-        [2 / 12, 5 / 12, 8 / 12, 11 / 12] + [1] * 6
+        [1 / 12, 4 / 12, 7 / 12, 10 / 12] + [1] * 6
     )
 
 
