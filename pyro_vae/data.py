@@ -15,6 +15,7 @@ __all__ = [
     "Split",
     "dynamic",
     "folder",
+    "levels",
     "load",
     "plain",
     "split",
@@ -25,6 +26,7 @@ import difflib
 import hashlib
 import http.client
 import io
+import math
 import os
 import urllib.error
 import urllib.request
@@ -40,8 +42,21 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from pyro_vae.splits import Array, Data, Split, divide, dynamic, plain, split, tensor, threshold
+from pyro_vae.splits import (
+    Array,
+    Data,
+    Split,
+    divide,
+    dynamic,
+    levels,
+    plain,
+    split,
+    tensor,
+    threshold,
+)
 
+# Elements of a sparse matrix that are worth unpacking: 32 GiB of them.
+_MOST = 2**33
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 
 
@@ -54,9 +69,11 @@ def load(
 ) -> Data:
     """Load a data set by name, or from a ``.npy``/``.npz`` file or a folder of images.
 
-    Official splits are kept. An ``.npz`` file holds ``x`` (or one array of any name) and
-    ``labels`` where there are any; or ``train``, with ``valid``/``validation`` and ``test``.
-    Images in subfolders are labelled by their subfolder.
+    Official splits are kept. An ``.npz`` file holds ``x`` (or one array of any name) with
+    ``labels`` and ``context``, whatever else a datum brings as ``(N, features)`` or ``(N,)``,
+    where there are any; or ``train``, with ``valid``/``validation`` and ``test`` and likewise
+    ``train_labels``, ``train_context``; or a sparse matrix of ``scipy.sparse.save_npz``, which
+    becomes its dense rows. Images in subfolders are labelled by their subfolder.
 
     Args:
         source: A name in `SOURCES`, or a path.
@@ -226,6 +243,8 @@ def _arrays(path: Path) -> dict[str, Split]:
                 f"'{path}' {fault}; save numbers with numpy.save or numpy.savez, or delete it "
                 f"if it was downloaded"
             ) from error
+    if {"data", "format", "shape"} <= set(arrays):
+        return {"train": Split(_dense(path))}
     if "train" in arrays:
         names = {
             "train": "train",
@@ -234,25 +253,60 @@ def _arrays(path: Path) -> dict[str, Split]:
             "test": "test",
         }
         return {
-            names[key]: Split(
-                _channels(array, path), labels=_labels(arrays, f"{key}_labels", path)
-            )
-            for key, array in arrays.items()
-            if key in names
+            name: _rows(arrays, key, f"{key}_", path)
+            for key, name in names.items()
+            if key in arrays
         }
-    found = [key for key in arrays if key != "labels"]
+    found = [key for key in arrays if key not in ("labels", "context")]
     key = "x" if "x" in arrays else found[0] if len(found) == 1 else None
     if key is None:
         raise ValueError(
             f"'{path}' holds the arrays {', '.join(arrays)}; name the data x, or "
-            f"train, validation and test"
+            f"train, validation and test, as by numpy.savez('x.npz', x=...)"
         )
-    labels = _labels(arrays, "labels", path)
-    return {"train": Split(_channels(arrays[key], path), labels=labels)}
+    return {"train": _rows(arrays, key, "", path)}
 
 
-def _labels(arrays: dict[str, Array], key: str, path: Path) -> torch.Tensor | None:
-    return tensor(arrays[key], f"the array '{key}' of '{path}'") if key in arrays else None
+def _rows(arrays: dict[str, Array], key: str, prefix: str, path: Path) -> Split:
+    """The array `key` with the labels and the context that belong to it."""
+    labels, context = (
+        tensor(arrays[name], f"the array '{name}' of '{path}'") if name in arrays else None
+        for name in (f"{prefix}labels", f"{prefix}context")
+    )
+    if context is None:
+        return Split(_channels(arrays[key], path), labels=labels)
+    if context.dim() not in (1, 2):
+        raise ValueError(
+            f"the array '{prefix}context' of '{path}' has shape {tuple(context.shape)}; give "
+            f"(N, features) or (N,)"
+        )
+    column = context.float().reshape(len(context), -1)
+    return Split(_channels(arrays[key], path), (column,), labels)
+
+
+def _dense(path: Path) -> torch.Tensor:
+    """The dense rows of a sparse matrix, as float32: bytes in it are counts and no pixels."""
+    from scipy import sparse
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            matrix = sparse.load_npz(path)
+            if hasattr(matrix, "indptr"):  # or unpacking would read and write anywhere
+                matrix.check_format(full_check=True)
+                if (np.diff(matrix.indptr) < 0).any():
+                    raise ValueError("the pointers decrease")
+    except Exception as error:  # damage may raise anything
+        raise ValueError(
+            f"'{path}' is damaged or no sparse matrix; save it by scipy.sparse.save_npz"
+        ) from error
+    tensor(matrix.data, f"'{path}'")
+    if (elements := math.prod(matrix.shape)) > _MOST:
+        raise ValueError(
+            f"'{path}' is sparse and would take {elements * 4 / 2**30:,.0f} GiB as the dense "
+            f"{' x '.join(map(str, matrix.shape))} that training needs; keep fewer rows or columns"
+        )
+    return torch.from_numpy(matrix.astype(np.float32).toarray())
 
 
 def _channels(array: Array, path: Path) -> torch.Tensor:

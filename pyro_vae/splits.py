@@ -1,13 +1,14 @@
 """Splits: tensors in three parts, cut into batches, and the views that say what is scored.
 
 A split keeps its rows as they are stored, bytes for pixels, and turns each batch into
-what is scored by its *view*: `plain` values, a fixed `threshold`, or the `dynamic`
-binarisation that draws every pixel anew each time it is seen.
+what is scored by its *view*: `plain` values, whole grey `levels`, a fixed `threshold`, or
+the `dynamic` binarisation that draws every pixel anew each time it is seen. A value that
+is missing is NaN, under every view.
 """
 
 from __future__ import annotations
 
-__all__ = ["Data", "Split", "divide", "dynamic", "plain", "split", "threshold"]
+__all__ = ["Data", "Split", "divide", "dynamic", "levels", "plain", "split", "threshold"]
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -29,9 +30,14 @@ def plain(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return values
 
 
+def levels(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return values in [0, 1] as the nearest of the grey levels 0, 1, ... 255."""
+    return (255 * values).round()
+
+
 def threshold(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Binarise values in [0, 1]: 1 above one half, else 0."""
-    return (values > 0.5).to(values.dtype)
+    return (values > 0.5).to(values.dtype).where(~values.isnan(), values)
 
 
 def dynamic(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -39,7 +45,8 @@ def dynamic(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
     The protocol of Burda et al. (2016), Importance Weighted Autoencoders, section 5.1.
     """
-    return torch.bernoulli(values, generator=generator)
+    drawn = torch.bernoulli(values.nan_to_num(0.0), generator=generator)
+    return drawn.where(~values.isnan(), values)
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,22 @@ class Split:
         """Return the split on another device."""
         return self.map(lambda tensor: tensor.to(device))
 
+    def expected(self) -> Split:
+        """Return the split with its plain values in place of draws that have them as mean."""
+        return dataclasses.replace(self, view=plain) if self.view is dynamic else self
+
     def mean(self) -> Tensor:
-        """Mean of the values over the rows, of shape `shape`; dynamic binarisation keeps it."""
-        total = torch.stack([part.double().sum(0) for part in self.x.split(8192)]).sum(0)
-        return (total / (self.top * len(self))).float()
+        """Mean of what is scored over the rows, of shape `shape`; dynamic binarisation keeps it.
+
+        Missing values are left out; an element that no row has gets the mean of all others.
+        """
+        generator = torch.Generator(self.x.device).manual_seed(0)  # of a view of the user's own
+        total, count = torch.zeros(2, *self.x.shape[1:], dtype=torch.float64)
+        for x, *_ in self.expected().batches(8192, generator):
+            total += x.nansum(0, dtype=torch.float64).cpu()
+            count += (~x.isnan()).sum(0).cpu()
+        mean = total / count
+        return mean.where(count > 0, total.sum() / count.sum()).float().to(self.x.device)
 
     def batch(self, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """Return all rows as one batch ``(x, *context)`` of scored values."""
@@ -137,6 +156,13 @@ class Data:
         """Train, validation and test."""
         return self.train, self.validation, self.test
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """Least and greatest of all values, as divided by `top`; missing ones are left out."""
+        values = [part.x[~part.x.isnan()] / part.top for part in self.splits if len(part)]
+        lows, highs = zip(*((float(x.min()), float(x.max())) for x in values), strict=True)
+        return min(lows), max(highs)
+
     def map(self, function: Callable[[Split], Split]) -> Data:
         """Apply `function` to every split."""
         train, validation, test = (function(part) for part in self.splits)
@@ -147,17 +173,15 @@ class Data:
 
         Raises:
             TypeError: The view is no function.
-            ValueError: A binarisation of values outside [0, 1].
+            ValueError: A binarisation or grey levels of values outside [0, 1].
         """
         if not callable(view):
             raise TypeError(f"a view is a function, such as data.dynamic, not {view!r}")
         if view is not plain:
-            parts = [part for part in self.splits if len(part)]
-            low = min(float(part.x.min() / part.top) for part in parts)
-            high = max(float(part.x.max() / part.top) for part in parts)
+            low, high = self.span
             if low < 0 or high > 1:
                 raise ValueError(
-                    f"{getattr(view, '__name__', 'this')} binarisation needs values between 0 and "
+                    f"the view {getattr(view, '__name__', 'given')} needs values between 0 and "
                     f"1 and '{self.name}' has {low:g} to {high:g}; give the stored value that "
                     f"counts as 1 (255 for pixels) as --top, in Python top=, or a likelihood for "
                     f"such values"
@@ -186,6 +210,42 @@ class Data:
             return dataclasses.replace(part, context=(*part.context, code))
 
         return self.map(condition)
+
+    def sized(self) -> Data:
+        """Return the same counts with a size factor as last context, for their likelihoods.
+
+        A row's size factor, ``(N, 1)``, is its total over what the training rows have on
+        average, in those columns that are not missing, so that p(x|z) need not explain how deep
+        each cell was sequenced.
+
+        Raises:
+            ValueError: A row whose total is not positive.
+
+        Example:
+            >>> counts = torch.tensor([[1, 1], [2, 4]])
+            >>> split(counts, validation=0, test=0).sized().train.context[0].flatten()
+            tensor([0.5000, 1.5000])
+        """
+        names = ("training", "validation", "test")
+        totals = [part.x.flatten(1).nansum(1, dtype=torch.float64) for part in self.splits]
+        for name, total in zip(names, totals, strict=True):
+            if not (total > 0).all():
+                row = int((total <= 0).nonzero()[0])
+                raise ValueError(
+                    f"row {row} of the {name} split of '{self.name}' has a total of "
+                    f"{float(total[row]):g}, of which no size factor can be made; remove such rows"
+                )
+        seen = [(~part.x.flatten(1).isnan()).double() for part in self.splits]
+        means = self.train.x.flatten(1).double().nanmean(0).nan_to_num()
+        factors = [
+            (total / (there @ means))[:, None].float()
+            for total, there in zip(totals, seen, strict=True)
+        ]
+        train, validation, test = (
+            dataclasses.replace(part, context=(*part.context, factor))
+            for part, factor in zip(self.splits, factors, strict=True)
+        )
+        return Data(train, validation, test, self.name)
 
 
 def split(
@@ -255,6 +315,7 @@ def divide(
     validation: float = 0.1,
     test: float = 0.1,
     ordered: bool = False,
+    missing: bool = False,
     seed: int = 0,
 ) -> Data:
     """Take the validation and the test split that `parts` lacks out of its ``train``.
@@ -265,24 +326,26 @@ def divide(
         name: Name of the data set.
         top: The stored value that counts as 1; by default 255 for bytes (1 if they are all
             0 or 1) and 1 for other types.
-        view: `plain`, `threshold` or `dynamic`.
+        view: `plain`, `levels`, `threshold` or `dynamic`.
         validation: Fraction of the given ``train`` for validation, 0 for none.
         test: Likewise for the test.
         ordered: Take them from the end, as a sequence of frames needs, and not at random.
+        missing: Accept NaN in x, for an element that was not observed.
         seed: Seed of the random choice.
 
     Raises:
         ValueError: No rows or too few, unequal numbers of rows, splits of unlike shape or
             type, values that are not finite, labels that are no classes, fractions that
-            leave nothing, binarisation outside [0, 1].
+            leave nothing, binarisation or grey levels outside [0, 1], rows in which all is
+            missing.
     """
     for fraction in (validation, test):
         if not 0 <= fraction < 1:
             raise ValueError(f"a split's fraction lies between 0 and 1, not at {fraction}")
     if top is not None and not top > 0:
         raise ValueError(f"`top`, the stored value that counts as 1, is positive, not {top}")
-    parts = {key: _checked(part, name) for key, part in parts.items()}
-    kinds = {key: f"{tuple(part.x.shape[1:])} {part.x.dtype}" for key, part in parts.items()}
+    parts = {key: _checked(part, name, missing) for key, part in parts.items()}
+    kinds = {key: _kind(part) for key, part in parts.items()}
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{key} has {kind}" for key, kind in kinds.items())
         raise ValueError(f"the splits of '{name}' differ: {found}; make them alike")
@@ -307,7 +370,7 @@ def divide(
     return Data(kept, parts["validation"], parts["test"], name).viewed(view)
 
 
-def _checked(part: Split, name: str) -> Split:
+def _checked(part: Split, name: str, missing: bool) -> Split:
     """`part` as numbers of a width worth keeping, all finite, one row for each datum."""
     x, labels = part.x, part.labels
     if x.dim() < 2 or not len(x) or not x[0].numel():
@@ -317,13 +380,9 @@ def _checked(part: Split, name: str) -> Split:
     if x.is_complex():
         raise ValueError(f"'{name}' holds complex numbers; give real ones")
     x = x.byte() if x.dtype == torch.bool else x.float() if x.is_floating_point() else x
-    for values in (x, *part.context):
-        if values.is_floating_point() and not (finite := values.isfinite()).all():
-            row = int((~finite).flatten(1).any(1).nonzero()[0])
-            raise ValueError(
-                f"'{name}' has {int((~finite).sum())} NaN or infinite values, the first in row "
-                f"{row}; remove or fill them"
-            )
+    _check_values(x, name, missing=missing, may_miss=True)
+    for values in part.context:
+        _check_values(values, name, missing=False, may_miss=False)
     for other in (*part.context, *(() if labels is None else (labels,))):
         if len(other) != len(x):
             raise ValueError(
@@ -337,6 +396,33 @@ def _checked(part: Split, name: str) -> Split:
             )
         labels = labels.long()
     return dataclasses.replace(part, x=x, labels=labels)
+
+
+def _check_values(values: Tensor, name: str, *, missing: bool, may_miss: bool) -> None:
+    """Refuse infinite values, and NaN but for elements of data that may be missing."""
+    if not values.is_floating_point():
+        return
+    values = values.flatten(1) if values.dim() > 1 else values[:, None]
+    gaps, bad = values.isnan(), ~values.isfinite()
+    bad = bad & ~gaps if missing else bad
+    if bad.any():
+        hint = ", or accept NaN for what was not observed by --missing, in Python missing=True"
+        raise ValueError(
+            f"'{name}' has {int(bad.sum())} {'' if missing else 'NaN or '}infinite values, the "
+            f"first in row {int(bad.any(1).nonzero()[0])}; remove or fill them"
+            f"{hint if may_miss and (bad & gaps).any() else ''}"
+        )
+    if missing and (empty := gaps.all(1)).any():
+        raise ValueError(
+            f"'{name}' has {int(empty.sum())} rows in which every value is missing, the first is "
+            f"row {int(empty.nonzero()[0])}; remove them"
+        )
+
+
+def _kind(part: Split) -> str:
+    """What the rows of all splits have in common, in words."""
+    widths = "".join(f" and {c[0].numel()} context features" for c in part.context)
+    return f"{tuple(part.x.shape[1:])} {part.x.dtype}{widths}"
 
 
 def _top(part: Split) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import sparse
 from scipy.io import savemat
 from sklearn.datasets import load_digits
 from torchvision import datasets
@@ -110,6 +111,38 @@ def test_x_is_taken_where_there_are_other_arrays(tmp_path):
     assert whole(tmp_path / "x.npz").x.tolist() == [[1, 0], [0, 1]]
 
 
+@pytest.mark.parametrize("context", [np.arange(3), np.arange(6.0).reshape(3, 2)])
+@pytest.mark.parametrize("key", ["x", "images"])
+def test_an_npz_file_may_hold_a_context(tmp_path, key, context):
+    np.savez(tmp_path / "x.npz", context=context, **{key: np.eye(3)}, labels=[2, 0, 1])
+    train = whole(tmp_path / "x.npz")
+    assert train.x.tolist() == np.eye(3).tolist()
+    assert [c.tolist() for c in train.context] == [context.reshape(3, -1).tolist()]
+    assert train.context[0].dtype == torch.float32
+    assert train.labels.tolist() == [2, 0, 1]
+
+
+def test_official_splits_may_hold_a_context_each(tmp_path):
+    arrays = {}
+    for key, n in {"train": 5, "valid": 3, "test": 4}.items():
+        arrays |= {key: np.full((n, 2), n), f"{key}_context": np.arange(n)}
+    np.savez(tmp_path / "x.npz", **arrays)
+    for part in data.load(tmp_path / "x.npz").splits:
+        assert part.context[0].flatten().tolist() == list(range(len(part)))
+
+
+def test_missing_values_of_a_file_are_kept_where_they_are_accepted(tmp_path):
+    x = np.arange(40, dtype=float).reshape(20, 2)
+    x[3, 1] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(
+        ValueError, match=r"1 NaN or infinite values, the first in row 3; .*missing"
+    ):
+        data.load(tmp_path / "x.npy")
+    loaded = data.load(tmp_path / "x.npy", missing=True, **WHOLE).train.x
+    np.testing.assert_array_equal(loaded.numpy(), x)
+
+
 @pytest.mark.parametrize("validation", ["valid", "validation"])
 def test_official_splits_of_an_npz_file_are_kept(tmp_path, validation):
     sizes = {"train": 5, validation: 3, "test": 4}
@@ -163,6 +196,13 @@ def test_every_real_type_is_read(tmp_path, dtype):
         ({"x": np.eye(3), "labels": np.array(["cat"] * 3)}, "array 'labels' of .* type <U3"),
         ({"x": np.eye(3), "labels": np.arange(4)}, "3 rows of data and 4 of labels"),
         ({"x": np.eye(3), "labels": np.eye(3)}, "labels that are no classes"),
+        ({"x": np.eye(3), "context": np.arange(4)}, "3 rows of data and 4 of labels or context"),
+        ({"x": np.eye(3), "context": np.ones((3, 2, 2))}, r"'context' of .* \(3, 2, 2\); give"),
+        ({"x": np.eye(3), "context": np.array(["a"] * 3)}, "array 'context' of .* type <U1"),
+        (
+            {"train": np.eye(3), "train_context": np.ones(3), "test": np.eye(3)},
+            r"train has \(3,\) .* and 1 context features, test has \(3,\) .*; make them alike",
+        ),
         (
             {"train": np.eye(3), "test": np.eye(2)},
             r"train has \(3,\) .*, test has \(2,\) .* alike",
@@ -173,6 +213,82 @@ def test_unusable_arrays_are_refused(tmp_path, arrays, match):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ValueError, match=match):
         data.load(tmp_path / "x.npz")
+
+
+# Sparse matrices
+
+
+def counts(dtype=np.int32):
+    values = np.random.default_rng(0).poisson(0.3, (30, 8)).astype(dtype)
+    values[:, 0] = 120
+    return values
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "dia"])
+@pytest.mark.parametrize("array", ["matrix", "array"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.float64])
+def test_a_sparse_matrix_is_its_dense_counts(tmp_path, kind, array, dtype):
+    matrix = getattr(sparse, f"{kind}_{array}")(counts(dtype))
+    sparse.save_npz(tmp_path / "x.npz", matrix)
+    train = whole(tmp_path / "x.npz")
+    assert train.x.tolist() == counts().tolist()
+    assert train.batch()[0].tolist() == counts().tolist()  # bytes too are counts
+
+
+def spoil_sparse(path, **changes):
+    """Save a sparse matrix some of whose arrays are others, or left out."""
+    file = io.BytesIO()
+    sparse.save_npz(file, sparse.csr_matrix(counts()))
+    file.seek(0)
+    arrays = {**np.load(file), **changes}
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"indices": np.full(30, 7)},
+        {"indices": np.full(sparse.csr_matrix(counts()).nnz, 10**6)},
+        {"indices": np.full(sparse.csr_matrix(counts()).nnz, -(10**6))},
+        {"indptr": np.full(31, 5)},
+        {"indptr": np.array([0, *[10**9] * 29, 0])},
+        {"indptr": np.arange(31)[::-1]},
+        {"indptr": None},
+        {"shape": np.array([30])},
+        {"shape": np.array([31, 8])},
+        {"shape": np.array([-30, -8])},
+        {"shape": np.array(["a", "b"])},
+        {"format": np.array("xyz")},
+        {"format": np.array(3)},
+        {"data": np.ones(3)},
+    ],
+    ids=str,
+)
+def test_a_damaged_sparse_matrix_is_refused(tmp_path, changes):
+    spoil_sparse(tmp_path / "x.npz", **changes)
+    with pytest.raises(ValueError, match=r"x.npz' is damaged or no sparse matrix; save it by"):
+        data.load(tmp_path / "x.npz")
+
+
+def test_a_sparse_matrix_that_no_memory_holds_is_refused(tmp_path):
+    spoil_sparse(tmp_path / "x.npz", shape=np.array([30, 10**12]))
+    match = r"would take 111,759 GiB as the dense 30 x 1000000000000 that training needs; keep"
+    with pytest.raises(ValueError, match=match):
+        data.load(tmp_path / "x.npz")
+
+
+def test_a_sparse_matrix_of_no_real_numbers_is_refused(tmp_path):
+    sparse.save_npz(tmp_path / "x.npz", sparse.csr_matrix(1j * counts()))
+    with pytest.raises(ValueError, match=r"x.npz' holds values of type complex128, not real"):
+        data.load(tmp_path / "x.npz")
+
+
+def test_objects_in_a_sparse_matrix_are_not_unpickled(tmp_path):
+    mark = tmp_path / "mark"
+    spoil_sparse(tmp_path / "x.npz", data=np.array([Marker(mark)], dtype=object))
+    with pytest.raises(ValueError, match="holds Python objects; save numbers with"):
+        data.load(tmp_path / "x.npz")
+    assert not mark.exists()
 
 
 class Marker:

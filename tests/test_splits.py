@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import stats
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from pyro_vae.splits import Split, divide, dynamic, plain, split, threshold
+from pyro_vae.splits import Split, divide, dynamic, levels, plain, split, threshold
 
 WHOLE = {"validation": 0, "test": 0}
 
@@ -99,7 +99,8 @@ def test_rows_stay_in_file_order_within_a_random_split():
 @pytest.mark.parametrize("official", [["test"], ["validation"], ["validation", "test"]])
 def test_official_splits_are_kept(official):
     parts = {
-        key: Split(torch.full((n, 1), float(n))) for key, n in [("validation", 7), ("test", 9)]
+        key: Split(torch.full((n, 1), float(n)), (torch.zeros(n, 1),))
+        for key, n in [("validation", 7), ("test", 9)]
     }
     given = {key: parts[key] for key in official}
     data = divide({"train": numbered(20, **WHOLE).train, **given}, validation=0.1, test=0.1)
@@ -197,9 +198,10 @@ def test_top_can_be_given(top):
     [
         (plain, [0, 127 / 255, 128 / 255, 1]),
         (threshold, [0, 0, 1, 1]),
+        (levels, [0, 127, 128, 255]),
         (lambda values, generator: 1 - values, [1, 128 / 255, 127 / 255, 0]),
     ],
-    ids=["plain", "threshold", "own"],
+    ids=["plain", "threshold", "levels", "own"],
 )
 def test_a_view_says_what_is_scored(view, expected):
     pixels = torch.tensor([[0], [127], [128], [255]], dtype=torch.uint8)
@@ -235,6 +237,14 @@ def test_equal_seeds_give_equal_dynamic_binarisation(shuffle):
     assert not first.equal(other)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_levels_are_the_bytes_of_an_image(dtype):
+    pixels = torch.arange(256)[:, None]
+    stored = pixels.byte() if dtype is torch.uint8 else pixels.to(dtype) / 255
+    (batch,) = split(stored, view=levels, **WHOLE).train.batch()
+    assert batch.equal(pixels.float())
+
+
 def test_one_half_is_below_the_threshold():
     assert threshold(torch.tensor([0.0, 0.5, 0.5001, 1.0])).tolist() == [0, 0, 1, 1]
 
@@ -252,6 +262,22 @@ def test_mean_is_numpys(top):
     np.testing.assert_allclose(mean.numpy(), pixels.mean(0) / (top or 255), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("view", "scored"),
+    [
+        (dynamic, lambda x: x),
+        (threshold, lambda x: x > 0.5),
+        (levels, lambda x: np.round(255 * x)),
+        (lambda values, generator: 3 * values, lambda x: 3 * x),
+    ],
+    ids=["dynamic", "threshold", "levels", "own"],
+)
+def test_mean_is_that_of_what_is_scored(view, scored):
+    x = np.random.default_rng(0).random((9000, 2, 3))
+    mean = split(x, view=view, **WHOLE).train.mean()
+    np.testing.assert_allclose(mean.numpy(), scored(x).mean(0), rtol=1e-5)
+
+
 def test_conditioned_appends_one_hot_labels_to_the_context():
     data = split(torch.rand(20, 3), torch.rand(20), labels=torch.arange(20) % 4)
     for before, after in zip(data.splits, data.conditioned().splits, strict=True):
@@ -267,6 +293,122 @@ def test_conditioned_counts_the_classes_of_all_splits():
     data = divide(parts, validation=0).conditioned()
     assert data.train.context[0].tolist() == np.eye(5)[[0, 1, 0]].tolist()
     assert data.test.context[0].tolist() == np.eye(5)[[4, 1]].tolist()
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_a_size_factor_is_a_rows_total_over_the_mean_of_training(shape, dtype):
+    counts = torch.randint(0, 9, (50, *shape)).to(dtype)
+    counts[:, 0] += 1
+    before = split(counts, torch.rand(50), ordered=True)
+    total = counts.double().flatten(1).sum(1)
+    places = (slice(40), slice(40, 45), slice(45, 50))
+    for place, part, plainer in zip(places, before.sized().splits, before.splits, strict=True):
+        first, size = part.context
+        assert first.equal(plainer.context[0])
+        assert size.shape == (len(part), 1)
+        expected = total[place] / total[:40].mean()
+        np.testing.assert_allclose(size[:, 0].numpy(), expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("row", "name", "within"), [(3, "training", 3), (46, "test", 1)])
+@pytest.mark.parametrize("total", [0, -2])
+def test_a_row_without_a_size_is_named(row, name, within, total):
+    counts = torch.ones(50, 2)
+    counts[row] = total / 2
+    data = split(counts, ordered=True, name="cells")
+    match = f"row {within} of the {name} split of 'cells' has a total of {total}, of which no size"
+    with pytest.raises(ValueError, match=match):
+        data.sized()
+
+
+# Missing values
+
+
+def gappy(rows=2000, share=0.3):
+    """Numbers in [0, 1] of which that share is missing, but none in the first column."""
+    x = torch.rand(rows, 4)
+    x[:, 1:][torch.rand(rows, 3) < share] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("view", "check"),
+    [
+        (plain, lambda drawn, x: drawn == x),
+        (levels, lambda drawn, x: drawn == (255 * x).round()),
+        (threshold, lambda drawn, x: drawn == (x > 0.5)),
+        (dynamic, lambda drawn, x: (drawn == 0) | (drawn == 1)),
+    ],
+)
+def test_every_view_keeps_what_is_missing(view, check):
+    x = gappy()
+    (batch,) = split(x, view=view, missing=True, **WHOLE).train.batch()
+    assert batch.isnan().equal(x.isnan())
+    assert check(batch, x)[~x.isnan()].all()
+
+
+def test_what_is_not_missing_is_binarised_as_if_nothing_were():
+    x = gappy()
+    filled = split(x.nan_to_num(0.0), view=dynamic, **WHOLE).train.batch(fixed())[0]
+    (batch,) = split(x, view=dynamic, missing=True, **WHOLE).train.batch(fixed())
+    assert batch.nan_to_num(0.0).equal(filled)
+
+
+@pytest.mark.parametrize("view", [plain, levels, dynamic])
+def test_mean_leaves_out_what_is_missing(view):
+    x = gappy(9000)
+    mean = split(x, view=view, missing=True, **WHOLE).train.mean()
+    seen = np.round(255 * x.numpy()) if view is levels else x.numpy()
+    np.testing.assert_allclose(mean.numpy(), np.nanmean(seen, axis=0), rtol=1e-5)
+
+
+def test_an_element_that_no_row_has_gets_the_mean_of_the_others():
+    x = gappy()
+    x[:, 2] = torch.nan
+    mean = split(x, missing=True, **WHOLE).train.mean()
+    assert float(mean[2]) == pytest.approx(np.nanmean(x.numpy()), rel=1e-5)
+
+
+def test_missing_values_do_not_count_in_the_span_and_the_size():
+    x = torch.tensor([[0.25, torch.nan], [1.0, 0.5]])
+    data = split(x, view=levels, missing=True, **WHOLE)
+    assert data.span == (0.25, 1.0)
+    assert data.sized().train.context[0].flatten().tolist() == pytest.approx([0.4, 4 / 3])
+    with pytest.raises(ValueError, match=r"has 1 to 1.5; give the stored value"):
+        split(torch.tensor([[1.0, torch.nan], [1.0, 1.5]]), view=levels, missing=True, **WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "match"),
+    [
+        (np.nan, {}, r"2 NaN or infinite .* row 7; remove or fill them, or .* by --missing, in"),
+        (np.inf, {}, r"2 NaN or infinite values, the first in row 7; remove or fill them$"),
+        (np.inf, {"missing": True}, "2 infinite values, the first in row 7; remove or fill them$"),
+    ],
+)
+def test_what_may_be_missing_is_said(value, options, match):
+    x = torch.rand(20, 3)
+    x[7, 1] = x[12, 0] = value
+    with pytest.raises(ValueError, match=match):
+        split(x, **options)
+
+
+def test_a_row_in_which_all_is_missing_is_refused():
+    x = torch.rand(20, 1, 2, 2)
+    x[[4, 9]] = torch.nan
+    with pytest.raises(ValueError, match=r"2 rows in which every value is missing.* is row 4;"):
+        split(x, missing=True)
+
+
+def test_a_context_of_a_split_may_be_one_number_a_row():
+    part = Split(torch.rand(20, 2), (torch.arange(20.0),))
+    assert divide({"train": part}, **WHOLE).train.context[0].tolist() == list(range(20))
+
+
+def test_a_context_is_never_missing():
+    with pytest.raises(ValueError, match=r"has 1 NaN or infinite .* row 3; remove or fill them$"):
+        split(torch.rand(20, 2), spoilt(np.nan, (3, 0)), missing=True)
 
 
 # Sources
@@ -408,7 +550,7 @@ def test_unusable_options_are_refused(options, match):
         split(torch.rand(20, 2), **options)
 
 
-@pytest.mark.parametrize("view", [dynamic, threshold])
+@pytest.mark.parametrize("view", [dynamic, threshold, levels])
 @pytest.mark.parametrize("row", [0, 17, 19])
 @pytest.mark.parametrize(("value", "span"), [(1.5, "0 to 1.5"), (-0.5, "-0.5 to 0")])
 def test_binarisation_outside_the_unit_interval_is_refused_in_any_split(view, row, value, span):
@@ -423,6 +565,15 @@ def test_binarisation_outside_the_unit_interval_is_refused_in_any_split(view, ro
 def test_top_lets_larger_values_be_binarised():
     x = torch.tensor([[0.0], [0.1], [0.3]])
     assert split(x, top=0.3, view=dynamic, **WHOLE).train.batch()[0][[0, 2], 0].tolist() == [0, 1]
+
+
+def test_splits_bring_the_same_context():
+    parts = {
+        "train": Split(torch.rand(20, 2), (torch.rand(20, 3),)),
+        "test": Split(torch.rand(5, 2)),
+    }
+    with pytest.raises(ValueError, match=r"train has .* and 3 context features, test has"):
+        divide(parts)
 
 
 def test_conditioning_needs_labels_in_every_split():
@@ -445,3 +596,15 @@ def test_conditioning_needs_labels_in_every_split():
 def test_official_splits_must_be_alike(test, match):
     with pytest.raises(ValueError, match=match):
         divide({"train": Split(torch.rand(20, 2)), "test": Split(test)})
+
+
+def test_size_factors_do_not_see_what_is_missing():
+    # Rows of one size, half of them with most genes missing, by columns of unlike means.
+    counts = torch.poisson(torch.tensor([50.0, 10.0, 100.0, 20.0]).expand(2000, 4).clone())
+    counts[:1000, [0, 2]] = torch.nan
+    sizes = (
+        split(counts, validation=0, test=0, missing=True, ordered=True).sized().train.context[0]
+    )
+    sparse, full = sizes[:1000].mean(), sizes[1000:].mean()
+    assert sparse == pytest.approx(1, abs=0.03)  # five standard errors, sqrt(1/30) / sqrt(1000)
+    assert full == pytest.approx(1, abs=0.03)
