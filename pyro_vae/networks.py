@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "fill"]
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 Shape = int | Sequence[int]
 Activation = Callable[[], nn.Module]
+Transform = Callable[[Tensor], Tensor]
 
 
 class MLP(nn.Module):
@@ -28,6 +29,11 @@ class MLP(nn.Module):
         output: Shape of one output; ``(2, 20)`` gives a posterior its two parameters.
         context: Number of context features, joined to the flattened input.
         activation: Class of the module between layers.
+        gated: Make every hidden layer ``activation(W h + b) * sigmoid(V h + c)``, the gated
+            linear units of Dauphin et al. (2017), Language Modeling with Gated Convolutional
+            Networks; Tomczak & Welling (2018), VAE with a VampPrior, have them with
+            ``activation=nn.Identity``.
+        transform: Applied to an input before anything else, such as `torch.log1p` to counts.
 
     Example:
         >>> encoder = MLP((1, 28, 28), [400], (2, 20))
@@ -43,13 +49,19 @@ class MLP(nn.Module):
         *,
         context: int = 0,
         activation: Activation = nn.ReLU,
+        gated: bool = False,
+        transform: Transform | None = None,
     ) -> None:
         super().__init__()
         self.input, self.output, self.context = _shape(input), _shape(output), context
+        self.transform = transform
         widths = [math.prod(self.input) + context, *hidden]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), activation()]
+            if gated:
+                layers.append(_Gated(before, after, activation))
+            else:
+                layers += [nn.Linear(before, after), activation()]
         self.hidden = nn.Sequential(*layers)
         self.last = nn.Linear(widths[-1], math.prod(self.output))
 
@@ -59,6 +71,7 @@ class MLP(nn.Module):
         Raises:
             ValueError: The input or the context has another shape than the network's.
         """
+        x = x if self.transform is None else self.transform(x)
         _expect(self, x, self.input)
         features = _join(x.flatten(-len(self.input)), context, self.context)
         return self.last(self.hidden(features)).unflatten(-1, self.output)
@@ -79,6 +92,9 @@ class ConvEncoder(nn.Module):
         hidden: Width of the dense layer.
         context: Number of context features, joined before the dense layer.
         activation: Class of the module between layers.
+        blocks: Residual blocks after each convolution, ``x + conv(act(conv(act(x))))``: He et
+            al. (2016), Identity Mappings in Deep Residual Networks, without normalisation.
+        transform: Applied to an image before anything else, such as `torch.log1p` to counts.
 
     Example:
         >>> encoder = ConvEncoder((1, 28, 20), [16, 32], (2, 10))
@@ -95,19 +111,25 @@ class ConvEncoder(nn.Module):
         hidden: int = 256,
         context: int = 0,
         activation: Activation = nn.ReLU,
+        blocks: int = 0,
+        transform: Transform | None = None,
     ) -> None:
         super().__init__()
         self.input, self.output, self.context = _image(input), _shape(output), context
+        self.transform = transform
         widths = [self.input[0], *channels]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), activation()]
+            layers.append(nn.Conv2d(before, after, 3, stride=2, padding=1))
+            layers += [_Residual(after, activation) for _ in range(blocks)]
+            layers.append(activation())
         self.convolutions = nn.Sequential(*layers)
         features = widths[-1] * math.prod(_sizes(self.input[1:], len(channels))[-1])
         self.dense = MLP(features, [hidden], self.output, context=context, activation=activation)
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """Map ``(..., *input)`` and contexts ``(..., features)`` to ``(..., *output)``."""
+        x = x if self.transform is None else self.transform(x)
         _expect(self, x, self.input)
         features = self.convolutions(x.reshape(-1, *self.input)).flatten(1)
         features = features.unflatten(0, x.shape[:-3]) if x.dim() > 3 else features.squeeze(0)
@@ -125,6 +147,7 @@ class ConvDecoder(nn.Module):
         hidden: Width of the dense layer.
         context: Number of context features, joined to the input.
         activation: Class of the module between layers.
+        blocks: Residual blocks before each transposed convolution, as in `ConvEncoder`.
 
     Example:
         >>> decoder = ConvDecoder(10, [32, 16], (1, 28, 20))
@@ -141,6 +164,7 @@ class ConvDecoder(nn.Module):
         hidden: int = 256,
         context: int = 0,
         activation: Activation = nn.ReLU,
+        blocks: int = 0,
     ) -> None:
         super().__init__()
         self.output = _image(output)
@@ -152,6 +176,7 @@ class ConvDecoder(nn.Module):
         for (before, after), (height, width) in zip(pairwise(widths), sizes[1:], strict=True):
             even = (1 - height % 2, 1 - width % 2)
             grow = nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=even)
+            layers += [_Residual(before, activation) for _ in range(blocks)]
             layers += [activation(), grow]
         self.convolutions = nn.Sequential(*layers)
 
@@ -166,6 +191,50 @@ class ConvDecoder(nn.Module):
         """Set each output channel's bias to the mean over pixels of `value`."""
         means = value.expand(self.output).mean((-2, -1)).flatten()
         cast("nn.Parameter", self.convolutions[-1].bias).copy_(means)
+
+
+def fill(x: Tensor, *, dims: int) -> Tensor:
+    """Return x with 0 where it is missing (NaN), joined to the mask of what was observed.
+
+    How an encoder sees incomplete data: zeros as in Nazabal et al. (2020), Handling Incomplete
+    Heterogeneous Data using VAEs, and the mask, by which it tells them from zeros that were
+    observed. As a `transform` it is ``functools.partial(fill, dims=3)`` for images.
+
+    Args:
+        x: Data ``(..., c, *rest)``, NaN where an element is missing.
+        dims: Number of dimensions of one datum; values and mask, 1 where an element was
+            observed, are joined along the first of them, to ``(..., 2c, *rest)``.
+
+    Example:
+        >>> fill(torch.tensor([[3.0, torch.nan]]), dims=1)
+        tensor([[3., 0., 1., 0.]])
+    """
+    missing = x.isnan()
+    return torch.cat([x.masked_fill(missing, 0), (~missing).to(x.dtype)], -dims)
+
+
+class _Gated(nn.Module):
+    """A layer ``activation(W h + b) * sigmoid(V h + c)``."""
+
+    def __init__(self, before: int, after: int, activation: Activation) -> None:
+        super().__init__()
+        self.value, self.gate = nn.Linear(before, after), nn.Linear(before, after)
+        self.activation = activation()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.activation(self.value(h)) * self.gate(h).sigmoid()
+
+
+class _Residual(nn.Module):
+    """A block ``x + conv(act(conv(act(x))))`` of 3 x 3 convolutions."""
+
+    def __init__(self, channels: int, activation: Activation) -> None:
+        super().__init__()
+        first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.change = nn.Sequential(activation(), first, activation(), second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.change(x)
 
 
 def _shape(shape: Shape) -> tuple[int, ...]:
@@ -198,7 +267,7 @@ def _expect(network: nn.Module, x: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _join(features: Tensor, context: Sequence[Tensor], width: int) -> Tensor:
-    """Concatenate contexts ``(..., c)`` to features ``(..., f)``, broadcast over the left."""
+    """Concatenate features ``(..., f)`` and contexts ``(..., c)``, broadcast to one batch."""
     given = sum(c.shape[-1] for c in context)
     if given != width:
         raise ValueError(
@@ -206,5 +275,6 @@ def _join(features: Tensor, context: Sequence[Tensor], width: int) -> Tensor:
         )
     if not context:
         return features
-    wide = [c.to(features.dtype).expand(*features.shape[:-1], -1) for c in context]
-    return torch.cat([features, *wide], -1)
+    batch = torch.broadcast_shapes(features.shape[:-1], *(c.shape[:-1] for c in context))
+    wide = [each.to(features.dtype).expand(*batch, -1) for each in (features, *context)]
+    return torch.cat(wide, -1)
