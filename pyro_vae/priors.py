@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["Flow", "Laplace", "MixtureOfNormals", "Normal", "Prior", "StudentT"]
+__all__ = ["Flow", "Laplace", "MixtureOfNormals", "Normal", "Prior", "StudentT", "VampPrior"]
 
 import abc
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
-from typing_extensions import override
+from torch.distributions import Distribution
+from typing_extensions import Self, override
+
+from pyro_vae import distributions as laws
+from pyro_vae.flows import zuko
 
 
 class Prior(nn.Module, abc.ABC):
@@ -145,10 +150,99 @@ class MixtureOfNormals(Prior):
 
     @override
     def forward(self, *context: Tensor) -> Distribution:
-        return _Mixture(
+        return laws.Mixture(
             dist.Categorical(logits=self.logits),
             dist.Normal(self.loc, self.log_scale.exp()).to_event(1),
         )
+
+
+class VampPrior(Prior):
+    """Mixture of the posterior at learned pseudo-inputs, ``p(z) = 1/K sum_k q(z|u_k)``.
+
+    Tomczak & Welling (2018), VAE with a VampPrior, equation 9. The pseudo-inputs begin at
+    training data drawn at random and are clamped to the range of these. They pass the
+    encoder as in evaluation, so that batch normalisation keeps its statistics and dropout
+    rests. A draw takes a component at random, and then z from it. The encoder's weights belong
+    to the posterior and are not registered here a second time.
+
+    Args:
+        posterior: The posterior of the same VAE, without context.
+        data: Training values ``(N, *shape)``.
+        components: Number K of pseudo-inputs.
+
+    Attributes:
+        pseudo_inputs: The pseudo-inputs ``(K, *shape)``, parameters.
+
+    Raises:
+        ValueError: No components, or data that the posterior does not take.
+
+    Example:
+        >>> from pyro_vae import MLP, posteriors
+        >>> posterior = posteriors.Normal(MLP(9, [8], (2, 3)))
+        >>> VampPrior(posterior, torch.rand(100, 9), components=10)().sample().shape
+        torch.Size([3])
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, posterior: nn.Module, data: Tensor, *, components: int = 500) -> None:
+        super().__init__()
+        _check(1, components=components)
+        few = components > len(data)
+        rows = torch.randint(len(data), [components]) if few else torch.randperm(len(data))
+        values = data[rows[:components].to(data.device)].clone().nan_to_num()
+        self.pseudo_inputs = nn.Parameter(values.to(torch.get_default_dtype()))
+        self.register_buffer("low", self.pseudo_inputs.detach().min())
+        self.register_buffer("high", self.pseudo_inputs.detach().max())
+        self._posterior = (posterior,)  # within a tuple, so that it is no submodule of this one
+        self._encoded: tuple[Any, Distribution] | None = None
+        try:
+            with torch.no_grad():
+                self._encode(self.pseudo_inputs[:2])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the posterior takes no pseudo-inputs of shape {tuple(data.shape[1:])}: {error}"
+            ) from error
+
+    @property
+    def posterior(self) -> nn.Module:
+        """The posterior whose mixture this is."""
+        return self._posterior[0]
+
+    @override
+    def forward(self, *context: Tensor) -> Distribution:
+        if context:
+            raise ValueError(
+                "a VampPrior has no context for its pseudo-inputs: leave the context away, or "
+                "choose another prior"
+            )
+        return laws.Aggregate(self._components(), self._draw)
+
+    def _components(self) -> Distribution:
+        """The laws q(z|u_k), kept in evaluation until a weight changes."""
+        if self.training or torch.is_grad_enabled():
+            return self._encode(self.pseudo_inputs)
+        own = self.pseudo_inputs, self.low, self.high
+        weights = chain(self.posterior.parameters(), self.posterior.buffers(), own)
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        if self._encoded is None or self._encoded[0] != state:
+            self._encoded = state, self._encode(self.pseudo_inputs)
+        return self._encoded[1]
+
+    def _draw(self, components: Tensor) -> Tensor:
+        return self._encode(self.pseudo_inputs[components]).sample()
+
+    def _encode(self, x: Tensor) -> Distribution:
+        with _resting(self.posterior):
+            law: Distribution = self.posterior(x.clamp(self.low, self.high))
+            return law
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # To another precision or device prior and posterior can only go together.
+        self.posterior._apply(fn)
+        return super()._apply(fn, recurse)
 
 
 class Flow(Prior):
@@ -159,6 +253,8 @@ class Flow(Prior):
 
     Args:
         latent: Size of z.
+        context: Number of context features that f depends on, for p(z|context); at 0 the
+            prior is one for all data.
         transforms: Number of autoregressive transformations.
         hidden: Widths of the hidden layers of each.
 
@@ -168,34 +264,51 @@ class Flow(Prior):
     Example:
         >>> Flow(2, transforms=1)().sample().shape
         torch.Size([2])
+        >>> Flow(2, context=3)(torch.zeros(5, 3)).sample().shape
+        torch.Size([5, 2])
     """
 
     def __init__(
-        self, latent: int, *, transforms: int = 3, hidden: Sequence[int] = (64, 64)
+        self,
+        latent: int,
+        *,
+        context: int = 0,
+        transforms: int = 3,
+        hidden: Sequence[int] = (64, 64),
     ) -> None:
         super().__init__()
         _check(latent, transforms=transforms)
-        self.flow = _zuko().NSF(latent, transforms=transforms, hidden_features=list(hidden))
+        self.context = context
+        self.flow = zuko().flows.NSF(
+            latent, context, transforms=transforms, hidden_features=list(hidden)
+        )
 
     @override
     def forward(self, *context: Tensor) -> Distribution:
-        flow: Distribution = self.flow()
+        flow: Distribution
+        if not self.context:
+            flow = self.flow()
+            return flow
+        given = sum(c.shape[-1] for c in context)
+        if given != self.context:
+            raise ValueError(
+                f"a Flow prior with context={self.context} was given {given} context features"
+            )
+        flow = self.flow(torch.cat(context, -1))
         return flow
 
 
-class _Mixture(dist.MixtureSameFamily):
-    """A mixture over real vectors, whose support NUTS can transform."""
-
-    support = constraints.real_vector
-
-
-def _zuko() -> Any:
-    """The flows of zuko, imported without the global validation that it switches off."""
-    before = Distribution._validate_args
-    import zuko
-
-    Distribution.set_default_validate_args(before)
-    return zuko.flows
+@contextlib.contextmanager
+def _resting(module: nn.Module) -> Iterator[None]:
+    """Evaluate a module as in evaluation, whatever the mode of each of its parts."""
+    active = [each for each in module.modules() if each.training]
+    for each in active:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in active:
+            each.training = True
 
 
 def _check(latent: int, **sizes: float) -> None:

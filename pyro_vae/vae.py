@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["VAE", "as_pyro", "check_parts", "declare"]
+__all__ = ["VAE", "as_pyro", "check_parts", "check_plain", "declare"]
 
 import copy
 import functools
@@ -33,6 +33,7 @@ class VAE(nn.Module):
     Raises:
         TypeError: A part is no module, or a `PyroModule`, which would register its
             parameters twice.
+        ValueError: A prior made of another posterior, such as a `VampPrior`.
 
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -52,6 +53,11 @@ class VAE(nn.Module):
         super().__init__()
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
         check_parts(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "posterior":
+            _check_shared(self)
 
     def model(self, x: Tensor | None = None, *context: Tensor, size: int = 1) -> Tensor:
         """``z ~ p(z), x ~ p(x|z)`` for each datum; without `x`, `size` data are drawn."""
@@ -91,21 +97,40 @@ class VAE(nn.Module):
 
 
 def check_parts(vae: VAE) -> None:
-    """Refuse parts that are no plain modules.
+    """Refuse parts that are no plain modules or do not belong together.
+
+    Raises:
+        TypeError: A part is no module, or a `PyroModule`.
+        ValueError: The prior is made of another posterior than the VAE's.
+    """
+    check_plain(prior=vae.prior, likelihood=vae.likelihood, posterior=vae.posterior)
+    _check_shared(vae)
+
+
+def check_plain(**parts: Any) -> None:
+    """Refuse parts that are no plain modules, by their names.
 
     Raises:
         TypeError: A part is no module, or a `PyroModule`.
     """
-    for name in ("prior", "likelihood", "posterior"):
-        part = getattr(vae, name)
+    for name, part in parts.items():
         if not isinstance(part, nn.Module):
             raise TypeError(f"the {name} must be a torch.nn.Module, not a {type(part).__name__}")
-    for name, module in vae.named_modules():
-        if isinstance(module, PyroModule):
-            raise TypeError(
-                f"'{name}' is a PyroModule, whose parameters would be registered twice; make it "
-                f"a plain torch.nn.Module"
-            )
+        for inner, module in part.named_modules(prefix=name):
+            if isinstance(module, PyroModule):
+                raise TypeError(
+                    f"'{inner}' is a PyroModule, whose parameters would be registered twice; make "
+                    f"it a plain torch.nn.Module"
+                )
+
+
+def _check_shared(vae: VAE) -> None:
+    """A prior that is made of a posterior is made of the VAE's own."""
+    if getattr(vae.prior, "posterior", vae.posterior) is not vae.posterior:
+        raise ValueError(
+            f"this {type(vae.prior).__name__} is made of another posterior than the VAE's: make "
+            f"one of the new posterior, and set the prior before the posterior"
+        )
 
 
 def declare(module: nn.Module) -> None:

@@ -1,11 +1,25 @@
 """Posteriors against the contract, and against SciPy's densities."""
 
+from functools import partial
+
 import pytest
 import torch
 from scipy import stats
 
 from pyro_vae import MLP, VAE, data, fit, likelihoods, posteriors, priors
 from pyro_vae.testing import check_posterior
+from pyro_vae.vae import as_pyro
+
+
+def flow(**options):
+    posterior = posteriors.Flow(
+        MLP(4, [8], posteriors.Flow.outputs(3, features=5)), 3, features=5, hidden=[16], **options
+    )
+    with torch.no_grad():  # away from the identity, where it begins
+        for parameter in posterior.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return posterior
+
 
 CASES = {
     "Normal": [lambda: posteriors.Normal(MLP(4, [8], (2, 3)))],
@@ -14,6 +28,7 @@ CASES = {
         lambda: posteriors.LowRankNormal(MLP(4, [8], (4, 3))),
         lambda: posteriors.LowRankNormal(MLP(4, [8], (3, 3)), rank=1),
     ],
+    "Flow": [flow, partial(flow, spline=True), partial(flow, transforms=1)],
 }
 
 
@@ -32,7 +47,7 @@ def test_every_posterior_trains(kind):
     vae = VAE(
         priors.Normal(3),
         likelihoods.Bernoulli(MLP(3, [32], digits.shape)),
-        family(MLP(digits.shape, [32], family.outputs(3))),
+        family(MLP(digits.shape, [32], family.outputs(3)), *[3] * (kind == "Flow")),
     )
     rows = fit(vae, digits, epochs=4, warmup=0, progress=False)
     assert rows[-1]["elbo"] > rows[0]["elbo"]
@@ -74,6 +89,48 @@ def test_low_rank_normal_has_the_covariance_of_its_columns():
     for column in columns:
         covariance = covariance + column[:, :, None] * column[:, None, :]
     assert close(posterior, multivariate(loc, covariance))
+
+
+@pytest.mark.parametrize("spline", [False, True])
+def test_a_flow_begins_as_the_diagonal_gaussian(spline):
+    network = MLP(4, [8], posteriors.Flow.outputs(3)).double()
+    posterior = posteriors.Flow(network, 3, spline=spline).double()
+    loc, log_scale, _ = network(X).detach().split([3, 3, 32], -1)
+    z = loc + 2 * log_scale.exp() * torch.rand(6, 3)  # within the reach of the splines
+    truth = stats.norm(loc, log_scale.exp()).logpdf(z).sum(-1)
+    assert torch.allclose(posterior(X).log_prob(z), torch.as_tensor(truth))
+
+
+@pytest.mark.parametrize("spline", [False, True])
+def test_a_flow_is_the_change_of_variables_of_its_draws(spline):
+    posterior = flow(spline=spline).double()
+    law = as_pyro(posterior(X[:1]))
+
+    def draw(noise):
+        transform = law.transform.inv
+        return transform(noise[None])[0]
+
+    for noise in torch.randn(5, 3).double():
+        jacobian = torch.autograd.functional.jacobian(draw, noise)
+        truth = stats.norm.logpdf(noise).sum() - float(jacobian.det().abs().log())
+        z = draw(noise).detach()
+        assert law.log_prob(z[None]).item() == pytest.approx(truth, abs=1e-6)
+
+
+def test_a_flow_scores_its_own_draws_without_inverting(monkeypatch):
+    law = as_pyro(flow()(X.float()))
+    value = law()
+    again = law.log_prob(value.clone())  # by inversion, one dimension at a time
+    assert torch.allclose(law.log_prob(value), again, atol=1e-4)
+    monkeypatch.setattr(type(law.transform), "call_and_ladj", None)
+    assert torch.allclose(law.log_prob(value), again, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["latent", "features", "transforms"])
+def test_sizes_of_a_flow_are_checked(name):
+    sizes = {"latent": 3, name: 0}
+    with pytest.raises(ValueError, match=f"the {name} of a Flow posterior are at least 1, not 0"):
+        posteriors.Flow(MLP(4, [8], 70), **sizes)
 
 
 def test_no_rank_is_refused():

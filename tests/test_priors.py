@@ -1,12 +1,23 @@
 """Priors against the contract, and against SciPy's densities."""
 
+import copy
+import math
+
+import numpy as np
 import pytest
 import torch
 import zuko
-from scipy import stats
+from scipy import special, stats
+from torch import nn
 
-from pyro_vae import MLP, VAE, data, fit, likelihoods, posteriors, priors
+from pyro_vae import MLP, VAE, fit, likelihoods, posteriors, priors
 from pyro_vae.testing import check_prior
+
+
+def vamp(family, **options):
+    posterior = family(MLP(4, [8], family.outputs(3)), **options)
+    return priors.VampPrior(posterior, torch.randn(40, 4), components=7)
+
 
 CASES = {
     "Normal": [lambda: priors.Normal(3), lambda: priors.Normal(3, learned=True)],
@@ -17,6 +28,12 @@ CASES = {
         lambda: priors.MixtureOfNormals(1, components=1),
     ],
     "Flow": [lambda: priors.Flow(2, transforms=2, hidden=[16])],
+    "VampPrior": [
+        lambda: vamp(posteriors.Normal),
+        lambda: vamp(posteriors.FullRankNormal),
+        lambda: vamp(posteriors.LowRankNormal),
+        lambda: vamp(posteriors.Flow, latent=3, hidden=[8]),
+    ],
     "zuko": [lambda: zuko.flows.MAF(3, transforms=2), lambda: zuko.flows.GMM(2, components=4)],
 }
 
@@ -30,16 +47,19 @@ def test_every_prior_keeps_the_contract(make):
     check_prior(make())
 
 
+def test_a_conditional_flow_keeps_the_contract():
+    check_prior(priors.Flow(2, context=3, transforms=2, hidden=[16]), torch.randn(2, 3))
+
+
 @pytest.mark.parametrize("kind", list(CASES))
-def test_every_prior_trains(kind):
-    prior = CASES[kind][0]()
-    latent = prior().event_shape[0]
-    digits = data.load("digits", view=data.dynamic)
-    vae = VAE(
-        prior,
-        likelihoods.Bernoulli(MLP(latent, [32], digits.shape)),
-        posteriors.Normal(MLP(digits.shape, [32], (2, latent))),
-    )
+def test_every_prior_trains(kind, digits):
+    likelihood = likelihoods.Bernoulli(MLP(3, [32], digits.shape))
+    posterior = posteriors.Normal(MLP(digits.shape, [32], (2, 3)))
+    if kind == "VampPrior":
+        prior = priors.VampPrior(posterior, digits.train.batch()[0], components=20)
+    else:
+        prior = zuko.flows.NSF(3, transforms=1) if kind == "zuko" else getattr(priors, kind)(3)
+    vae = VAE(prior, likelihood, posterior)
     rows = fit(vae, digits, epochs=4, warmup=0, progress=False)
     assert rows[-1]["elbo"] > rows[0]["elbo"]
 
@@ -83,6 +103,100 @@ def test_mixture_is_the_weighted_sum_of_its_components():
     assert close(prior, torch.as_tensor(weights @ each).log())
 
 
+def network(*normalisation):
+    hidden = MLP(4, [8], (2, 3))
+    hidden.hidden = nn.Sequential(nn.Linear(4, 8), *normalisation)
+    return posteriors.Normal(hidden)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spread"), [("Normal", 0.01), ("Normal", 1.0), ("FullRankNormal", 1.0)]
+)
+def test_vamp_prior_is_the_mean_of_posterior_densities(kind, spread):
+    # Narrow components are where squares multiplied out would lose their digits.
+    prior = vamp(getattr(posteriors, kind))
+    with torch.no_grad():
+        for parameter in prior.posterior.parameters():
+            parameter.mul_(3)
+        prior.posterior.network.last.bias.add_(math.log(spread))
+    prior.double()
+    law = prior.posterior(prior.pseudo_inputs)
+    loc, covariance = law.mean.detach(), torch.stack([torch.eye(3)] * 7)
+    if kind == "Normal":
+        covariance = torch.diag_embed(law.variance.detach())
+    else:
+        covariance = law.covariance_matrix.detach()
+    laws = zip(loc, covariance, strict=True)
+    each = np.stack([stats.multivariate_normal(m, c).logpdf(Z) for m, c in laws])
+    truth = torch.as_tensor(special.logsumexp(each, 0) - math.log(7))
+    assert torch.allclose(prior().log_prob(Z), truth)
+    # Single precision enters by its inputs only: relative error 1e-7 of squares of a distance.
+    assert torch.allclose(prior.float()().log_prob(Z.float()).double(), truth, rtol=1e-4)
+
+
+def test_vamp_prior_draws_each_component_alike():
+    prior = vamp(posteriors.Normal)
+    with torch.no_grad():  # far apart, so that a draw tells its component
+        prior.posterior.network.last.bias.sub_(torch.tensor([0.0] * 3 + [6.0] * 3))
+    z = prior().sample((7000,))
+    loc = prior.posterior(prior.pseudo_inputs).mean
+    nearest = torch.cdist(z, loc).argmin(1).bincount(minlength=7)
+    assert stats.chisquare(nearest.numpy()).pvalue > 1e-3  # the false-alarm rate
+
+
+def test_vamp_prior_shares_the_weights_and_trains_the_encoder():
+    prior = vamp(posteriors.Normal)
+    vae = VAE(prior, likelihoods.Normal(MLP(3, [8], 4)), prior.posterior)
+    assert [name for name in vae.state_dict() if "pseudo" in name] == ["prior.pseudo_inputs"]
+    assert len(vae.state_dict()) == len({each.data_ptr() for each in vae.state_dict().values()})
+    prior().log_prob(torch.zeros(3)).backward()
+    assert vae.posterior.network.last.weight.grad.abs().sum() > 0
+
+
+def test_a_copied_vae_has_a_vamp_prior_of_its_own_posterior():
+    prior = vamp(posteriors.Normal)
+    vae = VAE(prior, likelihoods.Normal(MLP(3, [8], 4)), prior.posterior)
+    twin = copy.deepcopy(vae)
+    assert twin.prior.posterior is twin.posterior is not vae.posterior
+
+
+def test_pseudo_inputs_leave_batch_norm_and_dropout_alone():
+    posterior = network(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU())
+    prior = priors.VampPrior(posterior, torch.randn(40, 4), components=7)
+    statistics = posterior.network.hidden[1].running_mean.clone()
+    first, second = prior().log_prob(torch.zeros(3)), prior().log_prob(torch.zeros(3))
+    assert torch.equal(first, second)
+    assert torch.equal(statistics, posterior.network.hidden[1].running_mean)
+    assert posterior.network.hidden[2].training
+
+
+def test_pseudo_inputs_are_encoded_once_in_evaluation():
+    prior, calls = vamp(posteriors.Normal), []
+    prior.posterior.network.register_forward_hook(lambda *_: calls.append(1))
+    prior.eval()
+    with torch.no_grad():
+        before = [prior().log_prob(torch.zeros(3)) for _ in range(3)][-1]
+        assert len(calls) == 1
+        prior.posterior.network.last.bias.add_(1)
+        after = prior().log_prob(torch.zeros(3))
+        prior.load_state_dict({**prior.state_dict(), "pseudo_inputs": torch.zeros(7, 4)})
+        last = prior().log_prob(torch.zeros(3))
+    assert len({float(before), float(after), float(last)}) == len(calls) == 3
+
+
+def test_a_posterior_of_another_prior_is_refused():
+    prior = vamp(posteriors.Normal)
+    likelihood = likelihoods.Normal(MLP(3, [8], 4))
+    with pytest.raises(ValueError, match="another posterior than the VAE's"):
+        VAE(prior, likelihood, network())
+    vae, other = VAE(prior, likelihood, prior.posterior), network()
+    with pytest.raises(ValueError, match="set the prior before the posterior"):
+        vae.posterior = other
+    vae.prior = priors.VampPrior(other, torch.randn(40, 4), components=3)
+    vae.posterior = other
+    assert vae.prior.posterior is vae.posterior
+
+
 def test_a_flow_leaves_validation_as_it_was():
     before = torch.distributions.Distribution._validate_args
     priors.Flow(2, transforms=1)
@@ -100,6 +214,16 @@ def test_a_flow_leaves_validation_as_it_was():
             "components of a prior must be positive",
         ),
         (lambda: priors.Flow(2, transforms=0), "transforms of a prior must be positive"),
+        (lambda: priors.Flow(2, context=3)(torch.zeros(1, 2)), "context=3 was given 2 context"),
+        (lambda: vamp(posteriors.Normal)(torch.zeros(1, 2)), "VampPrior has no context"),
+        (
+            lambda: priors.VampPrior(network(), torch.rand(9, 4), components=0),
+            "components of a prior must be positive",
+        ),
+        (
+            lambda: priors.VampPrior(network(), torch.rand(9, 2, 2)),
+            r"takes no pseudo-inputs of shape \(2, 2\): MLP takes inputs of shape \(..., 4\)",
+        ),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(make, message):
