@@ -3,6 +3,7 @@
 from pyro_vae import data, likelihoods, networks, objectives, posteriors, priors, testing
 from pyro_vae.checkpoints import load, restore
 from pyro_vae.evaluation import bound
+from pyro_vae.hierarchy import HierarchicalVAE
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.training import fit
 from pyro_vae.vae import VAE
@@ -12,6 +13,7 @@ __all__ = [
     "VAE",
     "ConvDecoder",
     "ConvEncoder",
+    "HierarchicalVAE",
     "bound",
     "data",
     "fit",
