@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["BetaELBO", "TraceGraph_ELBO", "TraceMeanField_ELBO", "Trace_ELBO"]
+__all__ = [
+    "IWAE",
+    "BetaELBO",
+    "Direct",
+    "FreeBits",
+    "Renyi",
+    "TraceGraph_ELBO",
+    "TraceMeanField_ELBO",
+    "Trace_ELBO",
+]
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +22,10 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import Independent, kl_divergence
 from typing_extensions import override
+
+from pyro_vae.importance import IWAE, Direct, Renyi, at_least_one, data_dim, latents, need_rsample
 
 Program = Callable[..., Any]
 
@@ -20,33 +33,58 @@ Program = Callable[..., Any]
 class BetaELBO(ELBO):
     """Any ELBO with its KL weighted, ``E_q[log p(x|z) + b (log p(z) - log q(z|x))]``.
 
-    The weight b multiplies the log-density of every latent site in model and guide alike,
-    so it is right for each of Pyro's ELBOs. Below 1 the value is no lower bound. Higgins et
-    al. (2017), beta-VAE, equation 4; annealing as in Bowman et al. (2016), section 3.1.
+    The weight b multiplies the log-density of every latent site in model and guide alike, so
+    it is right for each of Pyro's ELBOs, and inside the importance weights of `IWAE` and
+    `Renyi`. Below 1 the value is no lower bound. Higgins et al. (2017), beta-VAE, equation 4;
+    annealing as in Bowman et al. (2016), section 3.1.
 
     Args:
-        weight: The weight b, at least 0. Change it between steps, for annealing, by
-            ``objective.weight.fill_(b)``.
+        weight: The weight b, at least 0. To follow a schedule of your own, change it between
+            steps by ``objective.weight.fill_(b)``.
+        start: Weight at the first step, from which it goes to `weight` linearly. The warm-up of
+            `fit` would multiply it: give that ``warmup=0``.
+        steps: Number of steps, calls of `loss_and_grads`, on that way.
         elbo: The ELBO to weight, `pyro.infer.Trace_ELBO` where it is left out.
 
     Raises:
-        ValueError: A negative or non-finite weight.
+        ValueError: A weight or a schedule that is negative or not finite, or a schedule of
+            which only one half is given.
 
     Example:
         >>> BetaELBO(4.0).weight
         tensor(4.)
     """
 
-    def __init__(self, weight: float = 1.0, *, elbo: ELBO | None = None) -> None:
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"the weight of the KL is finite and at least 0, not {weight}")
+    def __init__(
+        self,
+        weight: float = 1.0,
+        *,
+        start: float | None = None,
+        steps: int = 0,
+        elbo: ELBO | None = None,
+    ) -> None:
+        for b in (weight, weight if start is None else start):
+            if not 0 <= b < math.inf:
+                raise ValueError(f"the weight of the KL is finite and at least 0, not {b}")
+        if steps < 0 or (start is None) != (steps == 0):
+            raise ValueError(
+                f"a schedule of the KL's weight has a start and 1 step or more, and this one has "
+                f"start={start} and steps={steps}"
+            )
         self.elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
-        self.weight = torch.tensor(float(weight))
+        self.start, self.end, self.steps, self.step = start, float(weight), steps, 0
+        self.weight = torch.tensor(float(weight if start is None else start))
         super().__init__(
             num_particles=self.elbo.num_particles,
             max_plate_nesting=self.elbo.max_plate_nesting,
             vectorize_particles=self.elbo.vectorize_particles,
         )
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the value, at the weight to which a schedule leads, is a lower bound."""
+        weight = float(self.weight) if self.start is None else self.end
+        return weight >= 1 and bool(getattr(self.elbo, "is_bound", True))
 
     @override
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
@@ -63,12 +101,109 @@ class BetaELBO(ELBO):
         return self.elbo.differentiable_loss(*self._weighted(model, guide), *args, **kwargs)
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
-        """As `loss`; gradients are added to the parameters'."""
+        """As `loss`; gradients are added to the parameters', and a schedule takes a step."""
+        if self.start is not None:
+            done = min(self.step / self.steps, 1.0)
+            self.weight.fill_(self.start + (self.end - self.start) * done)
+            self.step += 1
         return self.elbo.loss_and_grads(*self._weighted(model, guide), *args, **kwargs)
 
     def _weighted(self, model: Program, guide: Program) -> tuple[Program, Program]:
         weigh = _Weigh(self.weight)
         return weigh(model), weigh(guide)
+
+
+class FreeBits(Direct):
+    """ELBO whose KL costs nothing below a floor, ``E_q[log p(x|z)] - sum_g max(f, KL_g)``.
+
+    ``KL_g`` is the mean over the batch of the KL of a group g of latents. Groups are the
+    dimensions of z where prior and posterior both factorise and their KL has a closed form
+    (with several latents, where the guide has the order of the model), and otherwise whole
+    sites. Kingma et al. (2016), Improving Variational Inference with
+    Inverse Autoregressive Flow, equation 15. The value is a lower bound, looser than the ELBO
+    by what the floors add.
+
+    Args:
+        nats: The floor f of each group's KL, at least 0.
+        particles: Draws of z, one after another.
+        max_plate_nesting: Number of nested plates, the one over the data included.
+
+    Raises:
+        ValueError: A floor that is negative or not finite, or fewer than 1 particle.
+
+    Example:
+        >>> FreeBits(0.5).nats
+        0.5
+    """
+
+    def __init__(
+        self, nats: float = 0.5, *, particles: int = 1, max_plate_nesting: int = 1
+    ) -> None:
+        if not 0 <= nats < math.inf:
+            raise ValueError(f"the free nats of a group are finite and at least 0, not {nats}")
+        super().__init__(at_least_one(particles), max_plate_nesting)
+        self.nats = nats
+
+    @override
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        bound: Any = 0.0
+        groups: dict[str, list[Tensor]] = {}
+        for modelled, guided in self._get_traces(model, guide, args, kwargs):
+            for name, site in latents(guided):
+                need_rsample(site, "FreeBits")
+                if name not in modelled.nodes:
+                    bound = bound - site["log_prob_sum"] / self.num_particles
+            # The KL of a later site is one given the earlier, in either program.
+            order = [name for name, _ in latents(guided) if name in modelled.nodes]
+            closed = order == [name for name, _ in latents(modelled)]
+            for name, site in modelled.nodes.items():
+                if site["type"] != "sample":
+                    continue
+                if site["is_observed"]:
+                    bound = bound + site["log_prob_sum"] / self.num_particles
+                elif data_dim(site) is None:
+                    kl = guided.nodes[name]["log_prob_sum"] - site["log_prob_sum"]
+                    bound = bound - kl / self.num_particles
+                else:
+                    kl = _kl(guided.nodes[name], site, closed=closed)
+                    groups.setdefault(name, []).append(kl)
+        for name, draws in groups.items():
+            kl = torch.stack(draws).mean(0)
+            mean = kl.mean(0)
+            # Without a floor the sum is the KL itself, also where a drawn one is negative.
+            free = mean.clamp(min=self.nats) if self.nats else mean
+            bound = bound - guided.nodes[name]["scale"] * len(kl) * free.sum()
+        return -torch.as_tensor(bound)
+
+
+def _kl(guided: Any, modelled: Any, *, closed: bool) -> Tensor:
+    """The KL of one latent site ``(N, groups)``, in closed form where there is one."""
+    posterior, prior, z = guided["fn"], modelled["fn"], guided["value"]
+    kl = _closed_kl(posterior, prior) if closed else None
+    if kl is None:
+        kl = (posterior.log_prob(z) - prior.log_prob(z))[..., None]
+    if guided["mask"] is not None:
+        kl = kl * torch.as_tensor(guided["mask"], device=kl.device)[..., None]
+    batch = kl.dim() - 1
+    dim = batch + int(data_dim(guided) or 0)
+    rest = [each for each in range(batch) if each != dim]
+    return kl.sum(rest) if rest else kl
+
+
+def _closed_kl(posterior: Any, prior: Any) -> Tensor | None:
+    """The KL of each dimension ``(..., event)`` of independent ones, or of all ``(..., 1)``."""
+    event, laws = len(posterior.event_shape), [posterior, prior]
+    for index, law in enumerate(laws):
+        while isinstance(law, Independent):
+            law = laws[index] = law.base_dist
+    try:
+        if event and not any(law.event_shape for law in laws):
+            return kl_divergence(*laws).flatten(-event)
+        return kl_divergence(posterior, prior)[..., None]
+    except NotImplementedError:
+        return None
 
 
 class _Weigh(Messenger):
@@ -77,7 +212,10 @@ class _Weigh(Messenger):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight
+        self.scales: dict[float | Tensor, Tensor] = {}  # one tensor for sites of one scale
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight
+        if msg["is_observed"]:
+            return
+        scale = msg["scale"]
+        msg["scale"] = self.scales.setdefault(scale, scale * self.weight)
