@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-__all__ = ["check_pair", "elementary", "family", "undisturbed", "unvalidated"]
+__all__ = [
+    "check_objective",
+    "check_pair",
+    "elementary",
+    "family",
+    "undisturbed",
+    "unvalidated",
+]
 
-from collections.abc import Iterator
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.elbo import ELBO
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae.evaluation import Pair
+from pyro_vae.objectives import BetaELBO
 from pyro_vae.vae import VAE, check_parts
 
 
 def check_pair(pair: Pair, *batch: Tensor) -> None:
     """Run model and guide on a few data and say in a sentence what does not fit.
 
-    Checked are the latent sites of both programs, the shape of every site within its plates
-    (with two and with three data, so that no width passes for the batch by coincidence),
-    that every log-density is finite, that the guide draws values in the support of the
-    model's latent sites, and that the data lie in that of their likelihood. Random state,
-    buffers and parameters stay as they were.
+    Checked are the latent sites of both programs and their scales, the shape of every site
+    within its plates (with two and with three data, so that no width passes for the batch by
+    coincidence), that every log-density is finite, that the guide draws values in the support
+    of the model's latent sites, that the data lie in that of their likelihood, and that every
+    trainable parameter gets a gradient. Random state, buffers and parameters stay as they
+    were.
 
     Args:
         pair: Module with methods ``model`` and ``guide``.
@@ -47,9 +59,47 @@ def check_pair(pair: Pair, *batch: Tensor) -> None:
     """
     if isinstance(pair, VAE):
         check_parts(pair)
-    with undisturbed(pair, batch), torch.no_grad(), unvalidated():
+    with undisturbed(pair, batch), torch.enable_grad(), unvalidated(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered NaN")  # told of in a sentence instead
         for size in sorted({min(size, len(batch[0])) for size in (2, 3)}):
             _check_programs(pair, batch, size)
+
+
+def check_objective(objective: ELBO, pair: Pair, *batch: Tensor) -> None:
+    """Take the gradient of an objective on a few data, with Pyro's own checks of it on.
+
+    Args:
+        objective: The objective, which stays as it is.
+        pair: Module with methods ``model`` and ``guide``, whose gradients are set to None.
+        batch: A batch ``(x, *context)``, of which the first two rows are used.
+
+    Raises:
+        ValueError: The objective cannot train this pair.
+    """
+    if objective.num_particles < 1:
+        raise ValueError(f"an objective draws at least 1 particle, not {objective.num_particles}")
+    if isinstance(objective, BetaELBO) and objective.weight < 0:
+        raise ValueError(f"the weight of the KL is at least 0, not {objective.weight:g}")
+    rows = tuple(tensor[:2] for tensor in batch)
+    before = Distribution._validate_args
+    try:
+        with undisturbed(pair, rows), pyro.validation_enabled(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Failed to verify mean field restriction")
+            copy.deepcopy(objective).loss_and_grads(pair.model, pair.guide, *rows)
+    except (RuntimeError, ValueError, NotImplementedError, UserWarning) as error:
+        reason = " ".join(str(error).partition("\n")[0].split())
+        if isinstance(error, UserWarning):
+            reason = (
+                "its KLs in closed form need a guide that draws the latents in the order of the "
+                "model; use Trace_ELBO"
+            )
+        raise ValueError(
+            f"{type(objective).__name__} cannot train this model and guide: {reason}"
+        ) from error
+    finally:
+        Distribution.set_default_validate_args(before)
+        if isinstance(pair, nn.Module):
+            pair.zero_grad()
 
 
 def elementary(support: constraints.Constraint) -> constraints.Constraint:
@@ -72,23 +122,27 @@ def unvalidated() -> Iterator[None]:
 
 def _check_programs(pair: Pair, batch: tuple[Tensor, ...], size: int) -> None:
     rows = tuple(tensor[:size] for tensor in batch)
+    # First the model by itself, whose sentences on x and its context are the more telling.
+    with _worded("model", size):
+        alone = poutine.trace(pair.model).get_trace(*rows)
+    for name in alone.observation_nodes:
+        _check_support(name, alone.nodes[name], batch[0])
     with _worded("guide", size):
         guide = prune_subsample_sites(poutine.trace(pair.guide).get_trace(*rows))
         guide.compute_log_prob()
+    _check_scores("guide", guide, missing=bool(rows[0].isnan().any()))
     with _worded("model", size):
         model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*rows)
         model = prune_subsample_sites(model)
     _check_sites(model, guide)
     for name in model.stochastic_nodes:
         _check_latent(name, model.nodes[name]["fn"], guide.nodes[name]["fn"])
-    for name in model.observation_nodes:
-        _check_support(name, model.nodes[name], batch[0])
+        _check_scale(name, model.nodes[name]["scale"], guide.nodes[name]["scale"])
     with _worded("model", size):
         model.compute_log_prob()
-    for program, trace in (("guide", guide), ("model", model)):
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample":
-                _check_score(name, program, site)
+    _check_scores("model", model)
+    if isinstance(pair, nn.Module):
+        _check_trained(pair, model, guide)
 
 
 def _check_sites(model: poutine.Trace, guide: poutine.Trace) -> None:
@@ -103,7 +157,14 @@ def _check_sites(model: poutine.Trace, guide: poutine.Trace) -> None:
 
 
 def _check_latent(name: str, prior: Any, posterior: Any) -> None:
-    """Draws of the guide lie where the model has density."""
+    """Draws of the guide lie where the model has density, or mass as the guide."""
+    if prior.support.is_discrete != posterior.support.is_discrete:
+        kinds = {True: "discrete", False: "continuous"}
+        raise ValueError(
+            f"{name} is {kinds[prior.support.is_discrete]} in the model ({family(prior)}) and "
+            f"{kinds[posterior.support.is_discrete]} in the guide ({family(posterior)}), and a "
+            f"mass over a density is no bound: choose both of one kind"
+        )
     draws = posterior.sample((100,))
     inside = prior.support.check(draws)
     if not inside.all():
@@ -115,40 +176,104 @@ def _check_latent(name: str, prior: Any, posterior: Any) -> None:
         )
 
 
+def _check_scale(name: str, modelled: Any, guided: Any) -> None:
+    """A scale of the KL, one number or one for each datum, is that of both programs."""
+    scales = torch.broadcast_tensors(*map(torch.as_tensor, (modelled, guided)))
+    differ = scales[0] != scales[1]
+    if differ.any():
+        one, other = (scale[differ][0] for scale in scales)
+        raise ValueError(
+            f"the latent '{name}' is scaled by {one:g} in the model and by {other:g} in the "
+            f"guide, which is no weight of the KL: scale both alike, or use BetaELBO"
+        )
+
+
+def _check_trained(pair: nn.Module, *traces: poutine.Trace) -> None:
+    """Every parameter that is to be trained reaches a density."""
+    named = [(name, each) for name, each in pair.named_parameters() if each.requires_grad]
+    sites = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
+    scores = [site["log_prob"].sum() for site in sites if site["log_prob"].requires_grad]
+    slopes: Sequence[Tensor | None] = [None] * len(named)
+    if scores and named:
+        # Random factors, since densities of one z may cancel in their sum.
+        total = torch.stack(scores) @ torch.rand(len(scores)).to(scores[0])
+        slopes = torch.autograd.grad(total, [each for _, each in named], allow_unused=True)
+    for (name, _), slope in zip(named, slopes, strict=True):
+        if slope is None:
+            raise ValueError(
+                f"the parameter '{name}' would never change: neither the model nor the guide "
+                f"depends on it, or the global param store holds another of its name; use it, or "
+                f"freeze it by requires_grad_(False)"
+            )
+
+
 def _check_support(name: str, site: Any, x: Tensor) -> None:
-    """Hold x against the support, elementwise where the support is one of single elements."""
+    """Hold x against the support, all of it where the support is the same for every datum."""
     support, value = site["fn"].support, site["value"]
     element = elementary(support)
     if value.shape[1:] == x.shape[1:] and not any(map(torch.is_tensor, vars(element).values())):
-        support, value = (element, x) if element.event_dim == 0 else (element, value)
+        support, value = (element if element.event_dim == 0 else support), x
     inside = support.check(value)
-    if not inside.all():
-        wrong = value[~inside].flatten()
-        raise ValueError(
-            f"{wrong.numel()} values of {name} lie outside the support of {family(site['fn'])}, "
-            f"{wrong[0]:g} for one: binarise the data (--binarisation dynamic or threshold; in "
-            f"Python view=dynamic), scale them, or choose a likelihood for such values"
-        )
+    if inside.all():
+        return
+    outside, example = int((~inside).sum()), value[~inside].flatten()
+    element = getattr(element, "complete", element)  # of what is not missing
+    whole = len(example) > outside  # the support is one of whole vectors
+    shown = "" if whole else f", {example[0]:g} for one"
+    raise ValueError(
+        f"{outside} {'data' if whole else 'values'} of {name} lie outside the support of "
+        f"{family(site['fn'])}{_described(element)}{shown}: {_advice(element, example)}"
+    )
 
 
-def _check_score(name: str, program: str, site: Any) -> None:
-    score: Tensor = site["log_prob"]
-    plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
-    expected = [plates.get(dim, 1) for dim in range(-max(map(abs, plates), default=0), 0)]
-    if list(score.shape) != expected:
-        raise ValueError(
-            f"site '{name}' of the {program} has batch shape {tuple(score.shape)} where its "
-            f"plates have {tuple(expected)}: declare the rest as event by .to_event(n)"
+def _described(support: constraints.Constraint) -> str:
+    """What a support is in words, where it says so itself."""
+    return "" if type(support).__module__.startswith("torch.") else f" ({support})"
+
+
+def _advice(support: constraints.Constraint, wrong: Tensor) -> str:
+    """What to do about values outside of a support."""
+    if wrong.isnan().any():
+        return "wrap the likelihood as Missing(likelihood), which leaves out NaN (--missing)"
+    other = "or choose a likelihood for such values"
+    if support is constraints.boolean:
+        return (
+            f"binarise the data (--binarisation dynamic or threshold; in Python view=dynamic), "
+            f"{other}"
         )
-    if not score.isfinite().all():
-        raise ValueError(
-            f"the log-density of site '{name}' in the {program} is {_first_bad(score):g} at the "
-            f"start: check the initial weights, the scales and the range of the data"
-        )
+    if support.is_discrete and (wrong % 1 != 0).any() and wrong.min() >= 0 and wrong.max() <= 1:
+        return f"score grey levels as whole numbers (--binarisation levels; view=levels), {other}"
+    return f"remove or scale them, {other}"
+
+
+def _check_scores(program: str, trace: poutine.Trace, *, missing: bool = False) -> None:
+    """Every site has the batch of its plates, and a finite log-density."""
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        score: Tensor = site["log_prob"]
+        plates = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+        expected = [plates.get(dim, 1) for dim in range(-max(map(abs, plates), default=0), 0)]
+        if list(score.shape) != expected:
+            raise ValueError(
+                f"site '{name}' of the {program} has batch shape {tuple(score.shape)} where its "
+                f"plates have {tuple(expected)}: declare the rest as event by .to_event(n)"
+            )
+        if not score.isfinite().all():
+            advice = (
+                "check the initial weights, the scales and the range of the data, which an "
+                "encoder's transform can bring to one around 1"
+            )
+            if missing:
+                advice = "x has NaN, which an encoder takes by transform=networks.fill"
+            raise ValueError(
+                f"the log-density of site '{name}' in the {program} is {_first_bad(score):g} at "
+                f"the start: {advice}"
+            )
 
 
 def _first_bad(score: Tensor) -> float:
-    return float(score[~score.isfinite()][0])
+    return float(score.detach()[~score.isfinite()][0])
 
 
 def family(distribution: Any) -> str:

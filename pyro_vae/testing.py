@@ -111,14 +111,19 @@ def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int
 
 
 def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: int = 0) -> None:
-    """Hold a likelihood of independent elements against its contract by numbers.
+    """Hold a likelihood against its contract by numbers.
 
     Checked are: a batch shape that is that of z without its last dimension; densities under
     particles as one by one; that the law of each element sums or integrates to 1 and its
-    draws follow it (Kolmogorov-Smirnov, or chi-squared where it is discrete); the same
-    density in double precision and after a `state_dict` round trip; a gradient for every
-    trainable parameter. A sound likelihood fails with a probability below 1e-4. Continuous
-    laws are integrated on a grid and need a bounded density.
+    draws follow it (Kolmogorov-Smirnov, or chi-squared where it is discrete), and that a
+    missing element, where NaN is in the support, has density 1; the same density in double
+    precision and after a `state_dict` round trip; a gradient for every trainable parameter.
+    A sound likelihood fails with a probability below 1e-4. Continuous laws are integrated on
+    a grid and need a bounded density.
+
+    Where elements are dependent and discrete, the law of each whole datum is held against
+    the values that are drawn: their total mass and the frequency of each among new draws.
+    That needs a law of few values, such as documents of a few words, and says so.
 
     Args:
         likelihood: ``likelihood(z, *context)`` is a distribution over x.
@@ -128,8 +133,8 @@ def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: i
         seed: Seed of all draws; the random state stays as it was.
 
     Raises:
-        ValueError: The first promise that is broken.
-        NotImplementedError: The elements of x are not independent given z.
+        ValueError: The first promise that is broken, or a law of too many values.
+        NotImplementedError: The elements of x are continuous and not independent given z.
 
     Example:
         >>> from pyro_vae import MLP, likelihoods
@@ -147,8 +152,11 @@ def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: i
         element = density
         while isinstance(element, Independent):
             element = element.base_dist
-        if element.event_shape:
-            raise NotImplementedError(f"{family(density)} is no law of independent elements")
+        joint = bool(element.event_shape)
+        if joint and not element.support.is_discrete:
+            raise NotImplementedError(
+                f"the elements of {family(density)} are continuous and not independent given z"
+            )
         with torch.no_grad():
             x = density.sample()
             if not density.support.check(x).all():
@@ -160,7 +168,7 @@ def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: i
                     "the density of several particles is not that of each: map latents "
                     "(..., latent) under any leading dimensions"
                 )
-            _check_elements(element)
+            _check_data(density) if joint else _check_elements(density, element)
             _check_copies(likelihood, lambda part, to: part(to(z), *map(to, context)), x)
         _check_gradients(likelihood, density.log_prob(x))
 
@@ -200,9 +208,20 @@ def _check_pathwise(posterior: nn.Module, row: tuple[Tensor, ...]) -> None:
         )
 
 
-def _check_elements(law: Any) -> None:
-    """The law of each element is normalised, and its draws follow it."""
-    draws = law.sample((_DRAWS,)).flatten(1)
+def _check_elements(density: Any, law: Any) -> None:
+    """The law of each element is normalised, the density their product, and draws follow it."""
+    values = density.sample((_DRAWS,))
+    draws, each = values.flatten(1), law.log_prob(values[:10])
+    batch = len(density.batch_shape)
+    if not torch.allclose(
+        density.log_prob(values[:10]), each.flatten(1 + batch).sum(-1), rtol=1e-4
+    ):
+        raise ValueError("the density of a datum is not the product of those of its elements")
+    missing = torch.full_like(draws[0], math.nan).reshape(law.batch_shape)
+    if law.support.check(missing).all() and not (law.log_prob(missing) == 0).all():
+        raise ValueError(
+            "an element that is missing is scored: NaN has density 1, where it is in the support"
+        )
     count = draws.shape[1]
     level = _FALSE_ALARM / count
     grid, width = _grid(law, draws)
@@ -228,9 +247,43 @@ def _check_elements(law: Any) -> None:
             )
 
 
+def _check_data(law: Any) -> None:
+    """The law of each datum has the mass and the frequencies that its draws show.
+
+    The values in the first half of the draws are held against the second half, since values
+    are no fair test of the draws that chose them.
+    """
+    draws = law.sample((_DRAWS,))
+    scores = law.log_prob(draws).flatten(1).double().exp()
+    level = _FALSE_ALARM / scores.shape[1] / 2
+    for index, datum in enumerate(draws.reshape(*scores.shape, -1).unbind(1)):
+        values, which = datum.unique(dim=0, return_inverse=True)
+        first, second = which.chunk(2)
+        mass = scores.new_zeros(len(values)).scatter_(0, which, scores[:, index])
+        seen = first.bincount(minlength=len(values))
+        total, known = float(mass[seen > 0].sum()), int((seen > 0)[second].sum())
+        if (seen >= 10)[second].double().mean() < 0.5:
+            raise ValueError(
+                f"the law of datum {index} has too many values to compare each with its "
+                f"frequency: give a law of few values, such as counts of a small total"
+            )
+        if total > 1 + 2e-3 or _binomial(known, len(second), total) < level:
+            raise ValueError(
+                f"the law of datum {index} has a mass of {total:.4g} over values that make up "
+                f"{known / len(second):.4g} of its draws: check its normalising constant"
+            )
+        cells = torch.arange(len(values), device=which.device)
+        probability = _chi_squared(mass.where(seen > 0, 0.0), cells, second)
+        if probability < level:
+            raise ValueError(
+                f"draws of datum {index} do not follow its law: a test of fit gives "
+                f"p = {probability:.1g}"
+            )
+
+
 def _grid(law: Any, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Values ``(G, elements)`` over the support of the law, and the width that each stands for."""
-    support = law.support
+    support = getattr(law.support, "complete", law.support)
     low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
     if support is constraints.boolean:
         low, high = 0, 1
@@ -253,16 +306,25 @@ def _grid(law: Any, draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chi_squared(probability: Tensor, values: Tensor, draws: Tensor) -> float:
-    """P-value of the draws' frequencies, values of low expectation pooled."""
-    observed = (draws[:, None] == values).sum(0).double()
-    expected = probability * len(draws)
-    rare = expected < 10
-    pool = [torch.stack([each[rare].sum(), *each[~rare]]) for each in (observed, expected)]
-    seen, due = (each[1:] if pool[1][0] < 1e-9 else each for each in pool)
-    if len(due) < 2:
-        return 1.0
-    statistic = ((seen - due) ** 2 / due).sum()
-    return float(stats.chi2.sf(float(statistic), len(due) - 1))
+    """P-value of the draws' frequencies, whatever is rare counted as one value.
+
+    Frequent values are compared by chi-squared and the count of all others by the binomial
+    law itself, to which chi-squared is no approximation where it is small.
+    """
+    frequent = probability * len(draws) >= 10
+    chance, observed = probability[frequent], (draws[:, None] == values[frequent]).sum(0).double()
+    kept = observed.sum()
+    rare = _binomial(int(kept), len(draws), float(chance.sum()))
+    if len(chance) < 2 or not kept:
+        return rare
+    due = kept * chance / chance.sum()
+    statistic = float(((observed - due) ** 2 / due).sum())
+    return min(1.0, 2 * min(rare, float(stats.chi2.sf(statistic, len(due) - 1))))
+
+
+def _binomial(count: int, draws: int, probability: float) -> float:
+    """P-value of a count; a probability of 1 is so but for rounding."""
+    return float(stats.binomtest(count, draws, min(probability, 1 - 1e-6)).pvalue)
 
 
 def _check_particles(density: Distribution, z: Tensor) -> None:
@@ -332,7 +394,7 @@ def _distance(draws: Tensor, values: Tensor, weight: Tensor) -> float:
 def _check_copies(
     part: nn.Module, law: Callable[[nn.Module, Callable[[Tensor], Tensor]], Any], value: Tensor
 ) -> None:
-    """The density is the same after a `state_dict` round trip and in double precision.
+    """The density is the same after a `state_dict` round trip, in double and on a GPU, if any.
 
     ``law(part, to)`` is the distribution of a copy, `to` bringing its inputs to its precision.
     """
@@ -346,6 +408,13 @@ def _check_copies(
             "the density is another after its state_dict was loaded: register what it depends on "
             "as parameters or buffers"
         )
+    if torch.cuda.is_available():
+        moved = as_pyro(law(copy.deepcopy(part).cuda(), Tensor.cuda)).log_prob(value.cuda())
+        if not torch.allclose(scores.cpu(), moved.cpu(), rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "on a GPU the density is another: register what it depends on as parameters or "
+                "buffers, and make tensors on their device"
+            )
     double = as_pyro(law(twin.double(), Tensor.double)).log_prob(value.double())
     if double.dtype != torch.float64 or not torch.allclose(scores.double(), double, rtol=1e-3):
         raise ValueError(

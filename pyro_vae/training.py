@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pyro_vae import checkpoints
 from pyro_vae.evaluation import bound
 from pyro_vae.objectives import BetaELBO
-from pyro_vae.pairs import check_pair, unvalidated
+from pyro_vae.pairs import check_objective, check_pair, unvalidated
 from pyro_vae.splits import Data, Split
 
 Metrics = dict[str, float]
@@ -109,8 +109,9 @@ def fit(
     for part in data.splits[:2]:
         for batch in _fixed(part):
             check_pair(pair, *batch)
-
     objective = objective or Trace_ELBO(max_plate_nesting=1)
+    check_objective(objective, pair, *next(_fixed(data.train[:2])))
+
     annealed = BetaELBO(elbo=objective)
     optim = optimizer(parameters)
     scheduler = schedule(optim) if schedule else None

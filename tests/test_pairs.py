@@ -5,11 +5,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from linear import linear_vae
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_vae import MLP, VAE, ConvEncoder, likelihoods, posteriors, priors
-from pyro_vae.pairs import check_pair, unvalidated
+from pyro_vae.objectives import BetaELBO, FreeBits
+from pyro_vae.pairs import check_objective, check_pair, unvalidated
 
 X = torch.randn(6, 4)
 
@@ -167,7 +170,7 @@ def test_a_prior_on_another_support_than_the_posterior_is_refused(law):
             return law()
 
     vae = linear_vae(4, 2)
-    with pytest.raises(ValueError, match="the guide draws values of z outside the support of"):
+    with pytest.raises(ValueError, match=r"outside the support of|a mass over a density"):
         check_pair(VAE(Elsewhere(), vae.likelihood, vae.posterior), X)
 
 
@@ -176,3 +179,200 @@ def test_a_part_that_was_replaced_by_a_pyro_module_is_refused():
     vae.prior = PyroModule()
     with pytest.raises(TypeError, match="'prior' is a PyroModule"):
         check_pair(vae, X)
+
+
+@pytest.mark.parametrize("side", ["model", "guide"])
+def test_a_scale_on_one_side_only_is_refused(side):
+    class Scaled(Pair):
+        def model(self, x):
+            with poutine.scale(scale=0.5 if side == "model" else 1.0):
+                super().model(x)
+
+        def guide(self, x):
+            with poutine.scale(scale=0.5 if side == "guide" else 1.0):
+                super().guide(x)
+
+    scales = "0.5 in the model and by 1" if side == "model" else "1 in the model and by 0.5"
+    with pytest.raises(ValueError, match=f"latent 'z' is scaled by {scales} in the guide"):
+        check_pair(Scaled(), X)
+
+
+def test_a_scale_on_both_sides_passes():
+    class Scaled(Pair):
+        def model(self, x):
+            with poutine.scale(scale=0.5):
+                super().model(x)
+
+        def guide(self, x):
+            with poutine.scale(scale=0.5):
+                super().guide(x)
+
+    check_pair(Scaled(), X)
+
+
+def test_a_parameter_that_no_program_uses_is_named():
+    vae = linear_vae(4, 2)
+    vae.spare = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"parameter 'spare.weight' would never change"):
+        check_pair(vae, X)
+    vae.spare.requires_grad_(False)
+    check_pair(vae, X)
+
+
+def test_a_parameter_hidden_by_the_param_store_is_named():
+    class Stored(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(4))
+
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(torch.zeros(4), 1).to_event(1))
+                pyro.sample("x", dist.Normal(z, 1).to_event(1), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(x + pyro.param("shift", self.shift), 1).to_event(1))
+
+    first, second = Stored(), Stored()
+    check_pair(first, X)
+    with pytest.raises(ValueError, match=r"'shift' would never change.*param store holds another"):
+        check_pair(second, X)
+
+
+def test_a_discrete_posterior_of_a_continuous_prior_is_refused():
+    class OneHot(posteriors.Posterior):
+        def forward(self, x):
+            return dist.OneHotCategorical(logits=self.network(x))
+
+    vae = linear_vae(4, 2)
+    with pytest.raises(ValueError, match=r"continuous in the model \(Normal\) and discrete"):
+        check_pair(VAE(vae.prior, vae.likelihood, OneHot(nn.Linear(4, 2))), X)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "x", "message"),
+    [
+        (likelihoods.Bernoulli, torch.rand(6, 4), "binarise the data"),
+        (likelihoods.Poisson, -torch.ones(6, 4), "24 values of x .* Poisson, -1 for one: remove"),
+        (likelihoods.Poisson, torch.ones(6, 4) / 2, "Poisson, 0.5 for one"),
+        (likelihoods.Poisson, torch.full([6, 4], torch.nan), "wrap the likelihood as Missing"),
+        (likelihoods.Multinomial, torch.eye(6)[:, :4], "2 data of x .* at least one of them pos"),
+        (likelihoods.Multinomial, torch.ones(6, 4) / 2, "6 data of x lie outside .* Multinomial"),
+    ],
+)
+def test_data_outside_the_support_are_counted_with_advice(likelihood, x, message):
+    class Shifted(nn.Module):  # so that the encoder gives numbers, whatever x is
+        def forward(self, x):
+            return torch.zeros(*x.shape[:-1], 2, 2)
+
+    vae = VAE(priors.Normal(2), likelihood(MLP(2, [], 4)), posteriors.Normal(Shifted()))
+    with pytest.raises(ValueError, match=message):
+        check_pair(vae, x)
+
+
+@pytest.mark.parametrize("family", ["Poisson", "NegativeBinomial", "ZeroInflatedNegativeBinomial"])
+def test_a_missing_size_factor_is_named_before_training(family):
+    options = {"decoder": MLP(2, [], getattr(likelihoods, family).outputs((4,)))}
+    if family != "Poisson":
+        options["shape"] = 4
+    likelihood = getattr(likelihoods, family)(**options, size_factor=True)
+    vae = VAE(priors.Normal(2), likelihood, posteriors.Normal(MLP(4, [], (2, 2))))
+    with pytest.raises(ValueError, match=f"a {family} with a size factor takes it as its last"):
+        check_pair(vae, torch.ones(6, 4))
+
+
+def test_an_objective_is_tried_and_left_as_it_was():
+    vae = linear_vae(4, 2)
+    objective = BetaELBO(1.0, start=0.0, steps=10)
+    check_objective(objective, vae, X)
+    assert objective.step == 0
+    assert all(parameter.grad is None for parameter in vae.parameters())
+    state = torch.get_rng_state()
+    check_objective(objective, vae, X)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_objective_that_cannot_train_is_refused_in_pyros_words():
+    class OneHot(nn.Module):
+        def __init__(self, network=None):
+            super().__init__()
+            self.network = network
+
+        def forward(self, *given):
+            logits = self.network(given[0]) if self.network else torch.zeros(2)
+            return dist.OneHotCategorical(logits=logits)
+
+    vae = VAE(OneHot(), linear_vae(4, 2).likelihood, OneHot(nn.Linear(4, 2)))
+    check_pair(vae, X)
+    check_objective(Trace_ELBO(), vae, X)
+    for objective in (TraceMeanField_ELBO(), FreeBits(0.1)):
+        with pytest.raises(ValueError, match=r"cannot train this model and guide: .*reparam"):
+            check_objective(objective, vae, X)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda: Trace_ELBO(num_particles=0), "at least 1 particle, not 0"),
+        (lambda: negative(), "weight of the KL is at least 0, not -1"),
+    ],
+)
+def test_objectives_that_make_no_sense_are_refused(objective, message):
+    with pytest.raises(ValueError, match=message):
+        check_objective(objective(), linear_vae(4, 2), X)
+
+
+def negative():
+    objective = BetaELBO(1.0)
+    objective.weight.fill_(-1.0)
+    return objective
+
+
+def test_values_that_an_encoder_cannot_take_are_named_all_the_same():
+    encoder = MLP(4, [8], (2, 2), transform=torch.log1p)
+    vae = VAE(priors.Normal(2), likelihoods.Poisson(MLP(2, [], 4)), posteriors.Normal(encoder))
+    with pytest.raises(ValueError, match="outside the support of Poisson, -1 for one"):
+        check_pair(vae, -torch.ones(6, 4))
+
+
+def test_an_encoder_that_sees_nan_is_told_of_fill():
+    vae = VAE(
+        priors.Normal(2),
+        likelihoods.Missing(likelihoods.Normal(MLP(2, [], 4))),
+        posteriors.Normal(MLP(4, [8], (2, 2))),
+    )
+    with pytest.raises(ValueError, match=r"transform=networks.fill"):
+        check_pair(vae, X.masked_fill(torch.eye(6, 4).bool(), torch.nan))
+
+
+def test_a_scale_for_each_datum_is_compared_too():
+    class Weighed(Pair):
+        def __init__(self, guided):
+            super().__init__()
+            self.scales = torch.tensor([0.5, 2.0, 1.0]), guided
+
+        def model(self, x):
+            with poutine.scale(scale=self.scales[0][: len(x)]):
+                super().model(x)
+
+        def guide(self, x):
+            with poutine.scale(scale=self.scales[1][: len(x)]):
+                super().guide(x)
+
+    check_pair(Weighed(torch.tensor([0.5, 2.0, 1.0])), X)
+    with pytest.raises(ValueError, match="scaled by 2 in the model and by 3 in the guide"):
+        check_pair(Weighed(torch.tensor([0.5, 3.0, 1.0])), X)
+
+
+def test_parameters_of_which_none_is_used_are_named():
+    pair = Pair()
+    pair.spare = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"parameter 'spare.weight' would never change"):
+        check_pair(pair, X)
+
+
+def test_a_schedule_within_an_objective_takes_no_step_in_the_check():
+    objective = BetaELBO(1.0, elbo=BetaELBO(1.0, start=0.0, steps=10))
+    check_objective(objective, linear_vae(4, 2), X)
+    assert objective.elbo.step == 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vae import MLP, likelihoods, posteriors, priors
+from pyro_vae import MLP, distributions, likelihoods, posteriors, priors
 from pyro_vae.testing import check_likelihood, check_posterior, check_prior
 
 
@@ -162,6 +162,144 @@ def test_laws_on_half_a_line_keep_the_contract(law):
     check_likelihood(Rate(MLP(2, [8], 3)), torch.randn(4, 2))
 
 
+class Vectors(likelihoods.Likelihood):
+    """A likelihood of dependent counts with one fault."""
+
+    def __init__(self, fault, words=3):
+        super().__init__(MLP(2, [8], words))
+        self.fault = fault
+
+    def forward(self, z, *context):
+        return BAGS[self.fault](4, logits=self.network(z))
+
+
+class Uncounted(distributions.Multinomial):
+    """The product of probabilities without the number of orders."""
+
+    def log_prob(self, value):
+        return (value * self.logits).sum(-1)
+
+
+class Heavier(distributions.Multinomial):
+    def log_prob(self, value):
+        return super().log_prob(value) + 0.1
+
+
+class Reversed(distributions.Multinomial):
+    """Draws of other probabilities."""
+
+    def sample(self, sample_shape=()):
+        return super().sample(torch.Size(sample_shape)).flip(-1)
+
+
+class Shorter(distributions.Multinomial):
+    """Draws of another support."""
+
+    def sample(self, sample_shape=()):
+        return super().sample(torch.Size(sample_shape)) - 1
+
+
+class Smoothed(distributions.Multinomial):
+    """Draws of almost the right probabilities."""
+
+    def sample(self, sample_shape=()):
+        flat = distributions.Multinomial(self.total_count, probs=0.8 * self.probs + 0.2 / 3)
+        return flat.sample(torch.Size(sample_shape))
+
+
+class Forgetful(distributions.Multinomial):
+    """A third of the draws is always the same."""
+
+    def sample(self, sample_shape=()):
+        draws = super().sample(torch.Size(sample_shape))
+        same = torch.tensor([4.0, 0.0, 0.0])
+        return torch.where(torch.rand(draws.shape[:-1])[..., None] < 0.3, same, draws)
+
+
+BAGS = {
+    "none": distributions.Multinomial,
+    "uncounted": Uncounted,
+    "heavier": Heavier,
+    "reversed": Reversed,
+    "shorter": Shorter,
+    "smoothed": Smoothed,
+    "forgetful": Forgetful,
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("uncounted", r"law of datum 0 has a mass of 0\.\d+ over values that make up 1 of its"),
+        ("heavier", r"law of datum 0 has a mass of 1\.10\d over values that make up 1 of its"),
+        ("reversed", r"draws of datum \d do not follow its law"),
+        ("smoothed", r"draws of datum \d do not follow its law"),
+        ("forgetful", r"draws of datum \d do not follow its law"),
+        ("shorter", "a draw lies outside the support"),
+    ],
+)
+def test_a_likelihood_of_dependent_counts_that_breaks_its_promise_is_told(fault, message):
+    z = torch.randn(4, 2)
+    check_likelihood(Vectors("none"), z)
+    with pytest.raises(ValueError, match=message):
+        check_likelihood(Vectors(fault), z)
+
+
+def test_a_law_of_too_many_values_is_beyond_the_check_which_says_so():
+    with pytest.raises(ValueError, match="has too many values to compare each"):
+        check_likelihood(likelihoods.Multinomial(MLP(2, [8], 50)), torch.randn(2, 2))
+
+
+def test_dependent_continuous_elements_are_beyond_the_check_which_says_so():
+    class Dependent(likelihoods.Likelihood):
+        def forward(self, z, *context):
+            return dist.MultivariateNormal(self.network(z), torch.eye(3))
+
+    with pytest.raises(NotImplementedError, match="are continuous and not independent"):
+        check_likelihood(Dependent(MLP(2, [8], 3)), torch.randn(2, 2))
+
+
+def test_a_missing_element_has_density_one():
+    class Imputed(likelihoods.Missing):
+        def forward(self, z, *context):
+            return Filled(super().forward(z).base_dist.base_dist, 0.0).to_event(1)
+
+    class Filled(distributions.Observed):
+        def log_prob(self, value):
+            return self.base_dist.log_prob(value.nan_to_num(0.0))
+
+    complete = likelihoods.Normal(MLP(2, [8], 3))
+    check_likelihood(likelihoods.Missing(complete), torch.randn(4, 2))
+    with pytest.raises(ValueError, match="an element that is missing is scored"):
+        check_likelihood(Imputed(complete), torch.randn(4, 2))
+
+
+class Rare(likelihoods.Likelihood):
+    """Elements that are 1 once in ten thousand draws."""
+
+    def __init__(self, family=dist.Bernoulli):
+        super().__init__(nn.Linear(2, 200))
+        self.family = family
+        nn.init.zeros_(self.network.weight)
+        nn.init.constant_(self.network.bias, -9.2)
+
+    def forward(self, z, *context):
+        return self.family(logits=self.network(z)).to_event(1)
+
+
+class Often(dist.Bernoulli):
+    def sample(self, sample_shape=()):
+        return dist.Bernoulli(logits=self.logits + 5).sample(sample_shape)
+
+
+def test_rare_values_raise_no_false_alarm_and_are_not_ignored():
+    """Each of 4000 tests would fail by chi-squared at 5 such draws, with a chance of 2e-4."""
+    for seed in range(5):
+        check_likelihood(Rare(), torch.zeros(4, 2), seed=seed)
+    with pytest.raises(ValueError, match="do not follow its law"):
+        check_likelihood(Rare(Often), torch.zeros(4, 2))
+
+
 class Uncertain(posteriors.Posterior):
     """A posterior with one fault."""
 
@@ -204,3 +342,21 @@ def test_a_posterior_that_breaks_its_promise_is_told_which(fault, message):
     check_posterior(Uncertain("none"), x)
     with pytest.raises(ValueError, match=message):
         check_posterior(Uncertain(fault), x)
+
+
+@pytest.mark.parametrize("fault", ["density", "draws"])
+def test_a_datum_that_is_not_its_elements_is_found(fault):
+    class Off(torch.distributions.Independent):
+        def log_prob(self, value):
+            return super().log_prob(value) + (fault == "density")
+
+        def sample(self, shape=()):
+            return super().sample(torch.Size(shape)) * (1.5 if fault == "draws" else 1)
+
+    class Whole(likelihoods.Likelihood):
+        def forward(self, z, *context):
+            return Off(torch.distributions.Normal(self.network(z), 1.0), 1)
+
+    message = "product of those of its elements" if fault == "density" else "do not follow its law"
+    with pytest.raises(ValueError, match=message):
+        check_likelihood(Whole(MLP(2, [8], 4)), torch.randn(3, 2))
