@@ -16,15 +16,24 @@ import yaml
 from torch.distributions import constraints
 
 from pyro_vae import checkpoints
-from pyro_vae.data import SOURCES, Data, Split, folder, load
-from pyro_vae.pairs import elementary
+from pyro_vae.data import SOURCES, Data, folder, load
 from pyro_vae.parts import Blueprint, Part, make
-from pyro_vae.runs import VIEWS, Run, dataset_of, device_of, pictures, print_paths, score
+from pyro_vae.runs import (
+    VIEWS,
+    Run,
+    bounds,
+    dataset_of,
+    device_of,
+    pictures,
+    print_paths,
+    score,
+    support,
+)
 from pyro_vae.training import fit
-from pyro_vae.vae import VAE, as_pyro
+from pyro_vae.vae import VAE
 
-Binarisation = Literal["dynamic", "threshold", "none"]
-Activation = Literal["ELU", "GELU", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh"]
+Binarisation = Literal["dynamic", "threshold", "levels", "none"]
+Activation = Literal["ELU", "GELU", "Identity", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh"]
 _NORMAL, _BERNOULLI, _ELBO, _ADAM = map(Part, ("Normal", "Bernoulli", "Trace_ELBO", "Adam"))
 
 
@@ -38,10 +47,13 @@ def train(
     test: float = 0.1,
     ordered: bool = False,
     conditional: bool = False,
+    missing: bool = False,
     latent: int = 20,
     hidden: Sequence[int] = (400,),
     channels: Sequence[int] = (),
     activation: Activation = "ReLU",
+    gated: bool = False,
+    blocks: int = 0,
     output_bias: bool = False,
     prior: Part = _NORMAL,
     likelihood: Part = _BERNOULLI,
@@ -65,17 +77,23 @@ def train(
     Args:
         data: Data set: a name (see `pyro-vae data`), a .npy or .npz file, or a folder of images.
         data_dir: Folder of the named data sets (default: $PYRO_VAE_DATA or ~/.cache/pyro_vae).
-        binarisation: dynamic (drawn anew each epoch), threshold (at one half) or none;
-            dynamic for a likelihood on {0, 1} and none for others by default.
+        binarisation: dynamic (drawn anew each epoch), threshold (at one half), levels (none,
+            but whole grey levels 0 to 255) or none; by default dynamic for a likelihood on
+            {0, 1}, levels for one on {0, ..., 255} and none for others.
         top: Stored value that counts as 1 (default: 255 for bytes, 1 for other types).
         validation: Fraction of the training data to set aside, 0 for none.
         test: Likewise for the test, where there is no official one.
         ordered: Take validation and test from the end, for data such as frames of a video.
         conditional: Give the label, one-hot, to encoder and decoder.
+        missing: Accept NaN in the data for what was not observed: it is not scored, and the
+            encoder is told where it is.
         latent: Size of the latent vector z.
         hidden: Widths of the encoder's hidden layers; the decoder has them reversed.
         channels: Channels of a convolutional encoder and decoder, in place of the MLPs.
         activation: Module between layers.
+        gated: Gate the hidden layers of the MLPs; with the activation Identity, as in the
+            VampPrior's paper.
+        blocks: Residual blocks at each resolution of a convolutional encoder and decoder.
         output_bias: Start the decoder's output bias at the training mean.
         prior: Prior p(z).
         likelihood: Likelihood p(x|z).
@@ -101,22 +119,26 @@ def train(
     settings["data_dir"] = data_dir and str(Path(data_dir).expanduser().resolve())
     place = device_of(device)
     dataset = dataset_of(settings)
-    pyro.set_rng_seed(seed)
     blueprint = Blueprint(
         shape=dataset.shape,
         latent=latent,
         hidden=list(hidden),
         channels=list(channels),
         activation=activation,
+        gated=gated,
+        blocks=blocks,
+        missing=missing,
         context=sum(c.shape[-1] for c in dataset.train.context),
         rows=len(dataset.train),
         prior=prior,
         likelihood=likelihood,
         posterior=posterior,
     )
-    vae = blueprint.build(dataset.train)
-    settings["binarisation"] = binarisation or _default_view(vae, dataset.train)
-    dataset = dataset.viewed(VIEWS[settings["binarisation"]])
+    view = binarisation or _default_view(blueprint.build(dataset.train), dataset)
+    settings["binarisation"] = view
+    dataset = dataset.viewed(VIEWS[view])
+    pyro.set_rng_seed(seed)
+    vae = blueprint.build(dataset.train)  # anew, from data as they are scored
     if output_bias:
         vae.likelihood.centre(dataset.train.mean())  # type: ignore[operator]
     vae.to(place)
@@ -125,10 +147,15 @@ def train(
     with _threads(settings["threads"]), _begun(run, settings, blueprint):
         print(f"{_summary(dataset)}, binarisation: {settings['binarisation']}")
         print(_described(vae, blueprint))
+        aim = make(objective, "objective")
+        if not getattr(aim, "is_bound", True):
+            print(
+                f"this {type(aim).__name__} is no lower bound on log p(x); the ELBO below is one"
+            )
         rows = fit(
             vae,
             dataset,
-            objective=make(objective, "objective"),
+            objective=aim,
             optimizer=lambda parameters: make(optimizer, "optimizer", params=parameters, lr=lr),
             schedule=None
             if schedule is None
@@ -159,7 +186,7 @@ def data(name: str | None = None, *, data_dir: str | None = None, download: bool
     """
     where = Path(data_dir).expanduser() if data_dir else folder()
     if name:
-        print(_summary(load(name, directory=where, download=download)))
+        print(_summary(load(name, directory=where, download=download, missing=True)))
         return
     print(f"data folder: {where}")
     for key, source in SOURCES.items():
@@ -212,14 +239,15 @@ def _free(name: str) -> Path:
     return path
 
 
-@torch.no_grad()
-def _default_view(vae: VAE, part: Split) -> str:
-    """Name of the view for the VAE's likelihood: dynamic for one on {0, 1}, else none."""
-    context = [c[:1] for c in part.context]
-    with torch.random.fork_rng(devices=[]):
-        z = as_pyro(vae.prior(*context)).sample().reshape(1, -1)
-        likelihood = as_pyro(vae.decode(z, *context))
-    return "dynamic" if elementary(likelihood.support) is constraints.boolean else "none"
+def _default_view(vae: VAE, dataset: Data) -> str:
+    """Name of the view for the VAE's likelihood: dynamic, levels or none."""
+    element = support(vae, *dataset.train.context)
+    if element is constraints.boolean:
+        return "dynamic"
+    # Whole numbers up to 255 that are not divided by it are levels as they are.
+    low, high = dataset.span
+    fits = low >= 0 and high <= 1
+    return "levels" if fits and element.is_discrete and bounds(element)[1] == 255 else "none"
 
 
 def _default_threads(vae: VAE, batch_size: int) -> int:
@@ -243,7 +271,11 @@ def _threads(count: int) -> Iterator[None]:
 def _summary(dataset: Data) -> str:
     names = ("training", "validation", "test")
     counts = [f"{len(part):,} {name}" for name, part in zip(names, dataset.splits, strict=True)]
-    return f"{dataset.name}: {', '.join(counts)} data of shape {'x'.join(map(str, dataset.shape))}"
+    shape = "x".join(map(str, dataset.shape))
+    gaps = [int(part.x.isnan().sum()) for part in dataset.splits]
+    share = sum(gaps) / sum(part.x.numel() for part in dataset.splits)
+    missing = f", {share:.1%} of their values missing" if share else ""
+    return f"{dataset.name}: {', '.join(counts)} data of shape {shape}{missing}"
 
 
 def _described(vae: VAE, blueprint: Blueprint) -> str:

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast, get_origin
 
 import pyro.infer
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_vae import likelihoods, objectives, posteriors, priors
-from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
+from pyro_vae import importance, likelihoods, objectives, posteriors, priors
+from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, fill
 from pyro_vae.splits import Split
 from pyro_vae.vae import VAE
 
@@ -31,12 +31,12 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "prior": (priors.Prior, priors),
     "likelihood": (likelihoods.Likelihood, likelihoods),
     "posterior": (posteriors.Posterior, posteriors),
-    "objective": (ELBO, objectives, pyro.infer),
+    "objective": (ELBO, objectives, importance, pyro.infer),
     "optimizer": (Optimizer, torch.optim),
     "schedule": (LRScheduler, torch.optim.lr_scheduler),
 }
 _PARTS = ("prior", "likelihood", "posterior")
-ACTIVATIONS = ("ELU", "GELU", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh")
+ACTIVATIONS = ("ELU", "GELU", "Identity", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,11 @@ class Blueprint:
         hidden: Widths of the encoder's hidden layers; the decoder has them reversed.
         channels: Channels of a convolutional pair, in the encoder's order; empty for MLPs.
         activation: Name of the module between layers, one of `ACTIVATIONS`.
-        context: Number of context features that the networks take.
+        gated: Whether the hidden layers of the MLPs are gated.
+        blocks: Residual blocks at each resolution of a convolutional pair.
+        context: Number of context features that a datum brings.
+        missing: Whether data may be NaN where they were not observed: the encoder gets them
+            with the mask, and the likelihood scores the rest.
         rows: Number of training data.
         prior: The prior.
         likelihood: The likelihood.
@@ -99,7 +103,10 @@ class Blueprint:
     hidden: Sequence[int] = (400,)
     channels: Sequence[int] = ()
     activation: str = "ReLU"
+    gated: bool = False
+    blocks: int = 0
     context: int = 0
+    missing: bool = False
     rows: int = 1
     prior: Part = Part()
     likelihood: Part = Part("Bernoulli")
@@ -123,27 +130,46 @@ class Blueprint:
             raise ValueError(f"a latent vector has at least 1 dimension, not {self.latent}")
         if any(width < 1 for width in (*self.hidden, *self.channels)):
             raise ValueError("a layer is at least 1 wide; check the hidden widths and channels")
+        if self.gated and self.channels:
+            raise ValueError("gated layers are those of MLPs; leave out gated, or the channels")
+        if self.blocks < 0:
+            raise ValueError(f"there are 0 residual blocks or more, not {self.blocks}")
+        if self.blocks and not self.channels:
+            raise ValueError(
+                "residual blocks are those of a convolutional pair: give its channels"
+            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"unknown activation '{self.activation}': there are {', '.join(ACTIVATIONS)}"
             )
         parts = {key: getattr(self, key) for key in _PARTS}
-        classes = {key: find(part.name, key, allow=allow) for key, part in parts.items()}
+        classes: dict[str, Any] = {
+            key: find(part.name, key, allow=allow) for key, part in parts.items()
+        }
         at_hand: dict[str, Callable[[], Any]] = {
             "latent": lambda: self.latent,
             "shape": lambda: self.shape,
-            "data": lambda: self._nothing if data is None else data.batch()[0],
+            "data": lambda: self._nothing if data is None else data.expected().batch()[0],
             "encoder": cache(
-                lambda: self._encoder(_outputs(classes["posterior"], self.latent, self.posterior))
+                lambda: self._encoder(
+                    _told(classes["posterior"].outputs, self.latent, self.posterior),
+                    classes["likelihood"].encoded,
+                )
             ),
             "decoder": cache(
-                lambda: self._decoder(_outputs(classes["likelihood"], self.shape, self.likelihood))
+                lambda: self._decoder(
+                    _told(classes["likelihood"].outputs, self.shape, self.likelihood),
+                    _told(classes["likelihood"].features, self.context, self.likelihood),
+                )
             ),
         }
         posterior = _construct(classes["posterior"], self.posterior, at_hand)
         at_hand["posterior"] = lambda: posterior
         prior = _construct(classes["prior"], self.prior, at_hand)
-        return VAE(prior, _construct(classes["likelihood"], self.likelihood, at_hand), posterior)
+        likelihood = _construct(classes["likelihood"], self.likelihood, at_hand)
+        return VAE(
+            prior, likelihoods.Missing(likelihood) if self.missing else likelihood, posterior
+        )
 
     def plain(self) -> dict[str, Any]:
         """Return the blueprint as plain values, for a JSON file."""
@@ -160,39 +186,54 @@ class Blueprint:
             parts = {key: Part(**values[key]) for key in _PARTS}
             found = cls(**{**values, **parts, "shape": tuple(values["shape"])})
             widths = (*found.shape, *found.hidden, *found.channels)
-            sizes = (*widths, found.latent, found.context, found.rows)
+            sizes = (*widths, found.latent, found.blocks, found.context, found.rows)
         except (TypeError, KeyError) as error:
             raise ValueError(f"this is no description of a VAE: {error}") from error
         if not all(type(size) is int and size >= 0 for size in sizes):
             raise ValueError(f"this is no description of a VAE: its sizes are {sizes}")
+        if not all(type(switch) is bool for switch in (found.gated, found.missing)):
+            raise ValueError(
+                "this is no description of a VAE: gated and missing are true or false"
+            )
         for key, part in parts.items():
             if not (isinstance(part.name, str) and isinstance(part.options, Mapping)):
                 raise ValueError(f"this is no description of a VAE: its {key} is {part}")
         return found
 
-    def _encoder(self, output: tuple[int, ...]) -> nn.Module:
-        options: dict[str, Any] = {"context": self.context, "activation": self._activation}
+    def _encoder(self, output: tuple[int, ...], encoded: Callable[[Tensor], Tensor]) -> nn.Module:
+        """The encoder of data as their likelihood wants them to be seen, all context joined."""
+        shape, transform = self.shape, encoded
+        if self.missing:
+            shape = (2 * shape[0], *shape[1:])
+            transform = partial(_filled, encoded=encoded, dims=len(shape))
+        options: dict[str, Any] = {
+            **self._options,
+            "context": self.context,
+            "transform": None if transform is likelihoods.Likelihood.encoded else transform,
+        }
         if not self.channels:
-            return MLP(self.shape, self.hidden, output, **options)
-        width = self.hidden[-1] if self.hidden else 256
-        return ConvEncoder(self.shape, self.channels, output, hidden=width, **options)
+            return MLP(shape, self.hidden, output, **options)
+        return ConvEncoder(shape, self.channels, output, **options)
 
-    def _decoder(self, output: tuple[int, ...]) -> nn.Module:
-        options: dict[str, Any] = {"context": self.context, "activation": self._activation}
+    def _decoder(self, output: tuple[int, ...], context: int) -> nn.Module:
+        options: dict[str, Any] = {**self._options, "context": context}
         if not self.channels:
             return MLP(self.latent, self.hidden[::-1], output, **options)
+        return ConvDecoder(self.latent, self.channels[::-1], output, **options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What encoder and decoder have in common."""
+        activation = getattr(nn, self.activation)
+        if not self.channels:
+            return {"activation": activation, "gated": self.gated}
         width = self.hidden[-1] if self.hidden else 256
-        return ConvDecoder(self.latent, self.channels[::-1], output, hidden=width, **options)
+        return {"activation": activation, "blocks": self.blocks, "hidden": width}
 
     @property
     def _nothing(self) -> Tensor:
         """Values in the shape of the training data, in the memory of one number."""
         return torch.zeros(()).expand(self.rows, *self.shape)
-
-    @property
-    def _activation(self) -> Callable[[], nn.Module]:
-        activation: Callable[[], nn.Module] = getattr(nn, self.activation)
-        return activation
 
 
 def find(name: str, kind: str, *, allow: Collection[str] | None = None) -> type:
@@ -210,6 +251,11 @@ def find(name: str, kind: str, *, allow: Collection[str] | None = None) -> type:
     """
     interface, *homes = KINDS[kind]
     module, _, last = name.rpartition(".")
+    if kind == "likelihood" and name in ("Missing", "pyro_vae.likelihoods.Missing"):
+        raise ValueError(
+            "Missing is a likelihood around another one: name that one and give --missing, in "
+            "Python Blueprint(missing=True)"
+        )
     if not module or module in {home.__name__ for home in homes}:
         found = _classes(kind).get(last)
         if found is None and hasattr(sys.modules.get(module), last):
@@ -275,7 +321,7 @@ def _classes(kind: str) -> dict[str, type]:
         for name, each in vars(home).items()
         if inspect.isclass(each) and get_origin(each) is None  # Python 3.10 calls aliases classes
         if issubclass(each, interface) and not inspect.isabstract(each) and each is not interface
-        if not name.startswith("_")
+        if not name.startswith("_") and each is not likelihoods.Missing
     }
 
 
@@ -289,12 +335,15 @@ def _unknown(name: str, kind: str) -> str:
     )
 
 
-def _outputs(part: Any, size: Any, options: Part) -> tuple[int, ...]:
-    """The shape of a network's output, as the class says, given those options it reads."""
-    known = inspect.signature(part.outputs).parameters
-    chosen = {key: value for key, value in options.options.items() if key in known}
-    shape: tuple[int, ...] = part.outputs(size, **chosen)
-    return shape
+def _told(method: Callable[..., Any], size: Any, part: Part) -> Any:
+    """What a class says of its network, such as the output's shape, given the options it reads."""
+    known = inspect.signature(method).parameters
+    return method(size, **{key: value for key, value in part.options.items() if key in known})
+
+
+def _filled(x: Tensor, *, encoded: Callable[[Tensor], Tensor], dims: int) -> Tensor:
+    # In this order, so that a missing element is 0 on the scale that the encoder sees.
+    return fill(encoded(x), dims=dims)
 
 
 def _required(function: Callable[..., Any]) -> list[str]:

@@ -73,7 +73,8 @@ def grid(x: Tensor, columns: int | None = None) -> Figure:
     """Draw data ``(N, *shape)`` as tiles, row by row; vectors as rows of a heat map.
 
     Args:
-        x: Images ``(N, 1 or 3, H, W)`` with values in [0, 1], or vectors.
+        x: Images ``(N, 1 or 3, H, W)`` with values in [0, 1], or vectors; what is missing
+            (NaN) is drawn grey in an image.
         columns: Tiles in a row; a square by default.
     """
     if not _are_images(x):
@@ -124,7 +125,7 @@ def _are_images(x: Tensor) -> bool:
 
 def _tiled(x: Tensor, columns: int, gap: int = 1) -> Array:
     """One image ``(H, W)`` or ``(H, W, 3)`` of all tiles, white between them."""
-    images = x.numpy(force=True).clip(0, 1)
+    images = np.nan_to_num(x.numpy(force=True), nan=0.5).clip(0, 1)
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
     canvas = np.ones((channels, rows * (height + gap) - gap, columns * (width + gap) - gap))

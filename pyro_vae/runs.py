@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "VIEWS",
     "Run",
+    "bounds",
     "dataset_of",
     "device_of",
     "encode",
@@ -16,9 +17,12 @@ __all__ = [
     "reconstruct",
     "sample",
     "score",
+    "support",
 ]
 
+import contextlib
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +34,19 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution, Independent, constraints
 from torch.nn.functional import one_hot
 
 from pyro_vae import checkpoints, plots
-from pyro_vae.data import Data, Split, dynamic, load, plain, threshold
+from pyro_vae.data import Data, Split, dynamic, levels, load, plain, threshold
+from pyro_vae.distributions import Observed
 from pyro_vae.evaluation import bound
-from pyro_vae.parts import Blueprint
+from pyro_vae.pairs import elementary
+from pyro_vae.parts import Blueprint, Part
 from pyro_vae.vae import VAE, as_pyro
 
 SplitName = Literal["train", "validation", "test"]
-VIEWS = {"dynamic": dynamic, "threshold": threshold, "none": plain}
+VIEWS = {"dynamic": dynamic, "threshold": threshold, "levels": levels, "none": plain}
 
 
 @dataclass(frozen=True)
@@ -78,17 +84,11 @@ class Run:
 
     def split(self, name: SplitName) -> Split:
         """One split of the run's data, or of others of the same shape, on its device."""
-        path = Path(self.run) / "config.yaml"
-        if not path.is_file():
-            raise FileNotFoundError(f"'{self.run}' has no config.yaml, which names its data")
-        try:
-            settings = {**yaml.safe_load(path.read_text())}
+        with self._settings() as settings:
             view = VIEWS[settings["binarisation"]]
             settings["data"] = self.data or settings["data"]
             settings["data_dir"] = self.data_dir or settings["data_dir"]
             dataset = dataset_of(settings).viewed(view)
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"'{path}' is damaged: {error!r}") from error
         if dataset.shape != self.blueprint.shape:
             raise ValueError(
                 f"'{self.run}' was trained on data of shape {self.blueprint.shape} and "
@@ -99,17 +99,35 @@ class Run:
             raise ValueError(f"'{dataset.name}' has no {name} data here; choose another --split")
         return part.to(device_of(self.device))
 
-    def labels(self, count: int, label: int | None) -> tuple[Tensor, ...]:
-        """One-hot labels for a conditional run, of one class or of each in turn."""
-        classes = self.blueprint.context
-        if not classes:
-            if label is not None:
-                raise ValueError(f"'{self.run}' is not conditional: it has no --label to choose")
-            return ()
+    @property
+    def classes(self) -> int:
+        """Number of classes that a conditional run is given, else 0."""
+        blueprint = self.blueprint
+        if not blueprint.context:
+            return 0
+        with self._settings() as settings:
+            sized = bool(blueprint.likelihood.options.get("size_factor"))
+            return blueprint.context - sized if settings["conditional"] else 0
+
+    def context(self, count: int, label: int | None = None) -> tuple[Tensor, ...]:
+        """Context for new data: labels, of one class or of each in turn, and what else there is.
+
+        Anything else, size factors for one, is that of training data drawn at random.
+        """
+        classes, place = self.classes, device_of(self.device)
+        if label is not None and not classes:
+            raise ValueError(f"'{self.run}' is not conditional: it has no --label to choose")
         if label is not None and not 0 <= label < classes:
             raise ValueError(f"there is no label {label}; they are 0 to {classes - 1}")
+        others: tuple[Tensor, ...] = ()
+        if self.blueprint.context > classes:
+            train, generator = self.split("train"), torch.Generator().manual_seed(self.seed)
+            rows = torch.randint(len(train), [count], generator=generator)
+            others = train[rows.to(place)].context
+        if not classes:
+            return others
         chosen = torch.arange(count) % classes if label is None else torch.full([count], label)
-        return (one_hot(chosen, classes).float().to(device_of(self.device)),)
+        return one_hot(chosen, classes).float().to(place), *others[1:]
 
     def path(self, out: str | None, name: str, *, also: Sequence[str] = ()) -> Path:
         """Where to write: the path that the user gave, or a name in the run's folder."""
@@ -122,6 +140,17 @@ class Run:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder '{path.parent}' to write to; make it")
         return path
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[dict[str, Any]]:
+        """What the run's config.yaml says; what is amiss while it is used is said of that file."""
+        path = Path(self.run) / "config.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"'{self.run}' has no config.yaml, which names its data")
+        try:
+            yield {**yaml.safe_load(path.read_text())}
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"'{path}' is damaged: {error!r}") from error
 
 
 def evaluate(run: Run, *, split: SplitName = "test", particles: int = 10) -> None:
@@ -148,14 +177,15 @@ def sample(run: Run, *, count: int = 64, label: int | None = None, out: str | No
     """
     _check_count(count)
     target = run.path(out, "samples.png", also=[".npy"])
-    vae, context = run.vae(), run.labels(count, label)
+    vae = run.vae()
     if target.suffix == ".npy":
+        context = run.context(count, label)
         content = io.BytesIO()
         np.save(content, vae.sample(count, *context).numpy(force=True))
         checkpoints.write(target, content.getvalue())
         print(target)
         return
-    print_paths([plots.save(_samples(vae, count, context, label), target)])
+    print_paths([plots.save(_samples(run, vae, count, label), target)])
 
 
 def reconstruct(
@@ -173,7 +203,7 @@ def reconstruct(
     vae = run.vae()
     x, *context = _some(run.split(split), count, run.seed)
     rows = {"data": x, "reconstruction": vae.reconstruct(x, *context)}
-    print_paths([plots.save(plots.strip(rows), target)])
+    print_paths([plots.save(plots.strip(_toned(vae, context, rows)), target)])
 
 
 def interpolate(
@@ -205,7 +235,8 @@ def interpolate(
         z = torch.lerp(start[:, None], end[:, None], line)
         between = [torch.lerp(c[:count, None], c[count:, None], line) for c in context]
         means = vae.decode(z, *between).mean.flatten(0, 1)
-    print_paths([plots.save(plots.grid(means, steps), target)])
+    shown = _toned(vae, context, {"means": means})["means"]
+    print_paths([plots.save(plots.grid(shown, steps), target)])
 
 
 def manifold(
@@ -229,9 +260,7 @@ def manifold(
             f"try interpolate"
         )
     target = run.path(out, "manifold.png")
-    label = 0 if label is None and run.blueprint.context else label
-    vae, context = run.vae(), run.labels(side**2, label)
-    print_paths([plots.save(plots.manifold(_grid(vae, side, *context), side), target)])
+    print_paths([plots.save(_manifold(run, run.vae(), side, label), target)])
 
 
 def encode(run: Run, *, split: SplitName = "test", out: str | None = None) -> None:
@@ -266,22 +295,35 @@ def pictures(run: Run, vae: VAE, part: Split, rows: Sequence[Mapping[str, float]
     reconstructions = {"data": x, "reconstruction": vae.reconstruct(x, *context)}
     figures = {
         "curves": plots.curves(rows),
-        "samples": _samples(vae, 64, run.labels(64, None), None),
-        "reconstructions": plots.strip(reconstructions),
-        "strip": plots.strip({**reconstructions, "sample": samples}),
+        "samples": _samples(run, vae, 64),
+        "reconstructions": plots.strip(_toned(vae, context, reconstructions)),
+        "strip": plots.strip(_toned(vae, context, {**reconstructions, "sample": samples})),
     }
     if run.blueprint.latent == 2:
-        labels = run.labels(400, 0 if run.blueprint.context else None)
-        figures["manifold"] = plots.manifold(_grid(vae, 20, *labels), 20)
+        figures["manifold"] = _manifold(run, vae, 20)
     return [plots.save(figure, Path(run.run) / f"{name}.png") for name, figure in figures.items()]
 
 
 def dataset_of(settings: Mapping[str, Any]) -> Data:
-    """The data that the settings of a run name, as plain values."""
+    """The data that the settings of a run name, with the context that its parts ask for.
+
+    Raises:
+        ValueError: As for `load`, or labels asked for beside a context of the data's own.
+    """
     keys = ("top", "validation", "test", "ordered", "seed")
     options = {key: settings[key] for key in keys}
+    options["missing"] = settings.get("missing", False)  # which older runs do not know
     loaded = load(settings["data"], directory=settings["data_dir"], **options)
-    return loaded.conditioned() if settings["conditional"] else loaded
+    own = bool(loaded.train.context)
+    if own and settings["conditional"]:
+        raise ValueError(
+            f"'{loaded.name}' has a context of its own; leave out --conditional, and put the "
+            f"labels into that context where they belong there"
+        )
+    loaded = loaded.conditioned() if settings["conditional"] else loaded
+    likelihood = settings["likelihood"]
+    likelihood = likelihood if isinstance(likelihood, Part) else Part.of(likelihood)
+    return loaded.sized() if likelihood.options.get("size_factor") and not own else loaded
 
 
 def device_of(name: str | None) -> torch.device:
@@ -325,10 +367,45 @@ def _some(part: Split, count: int, seed: int) -> tuple[Tensor, ...]:
     return next(part.batches(count, generator, shuffle=True))
 
 
-def _samples(vae: VAE, count: int, context: tuple[Tensor, ...], label: int | None) -> Figure:
+def _samples(run: Run, vae: VAE, count: int, label: int | None = None) -> Figure:
     """Means of new data, those of a conditional run with a column for each label."""
-    columns = context[0].shape[-1] if context and label is None else None
-    return plots.grid(vae.sample(count, *context, mean=True), columns)
+    context = run.context(count, label)
+    columns = run.classes if label is None else 0
+    means = {"means": vae.sample(count, *context, mean=True)}
+    return plots.grid(_toned(vae, context, means)["means"], columns or None)
+
+
+def _manifold(run: Run, vae: VAE, side: int, label: int | None = None) -> Figure:
+    """The manifold at one context, label 0 by default."""
+    context = tuple(c.expand(side**2, -1) for c in run.context(1, label))
+    means = {"means": _grid(vae, side, *context)}
+    return plots.manifold(_toned(vae, context, means)["means"], side)
+
+
+def _toned(vae: VAE, context: Sequence[Tensor], rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Images with their black at 0 and their white at 1, by the support of the likelihood.
+
+    Grey levels are drawn over the greatest of 255, and counts over the greatest of them all.
+    """
+    element = support(vae, *context)
+    low, high = bounds(element)
+    if element.is_discrete and math.isnan(high):
+        high = max(float(x.nan_to_num(0.0).max()) for x in rows.values())
+    if not high > low or next(iter(rows.values())).dim() != 4:
+        return dict(rows)
+    return {key: (x - low) / (high - low) for key, x in rows.items()}
+
+
+@torch.no_grad()
+def support(vae: VAE, *context: Tensor) -> constraints.Constraint:
+    """The support of one element of complete data; random state stays as it was."""
+    rows = [c[:1] for c in context]
+    device = next(vae.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        law = vae.decode(as_pyro(vae.prior(*rows)).sample().reshape(1, -1), *rows)
+    while isinstance(law, (Independent, Observed)):
+        law = law.base_dist
+    return elementary(as_pyro(law).support)
 
 
 def _code(posterior: Distribution) -> Tensor:
@@ -356,6 +433,14 @@ def _grid(vae: VAE, side: int, *context: Tensor) -> Tensor:
         draws = as_pyro(prior).sample((10_000,)).reshape(-1, 2)
         z = torch.stack([draws[:, d].quantile(square[:, d]) for d in (0, 1)], -1)
     return vae.decode(z, *context).mean
+
+
+def bounds(element: constraints.Constraint) -> tuple[float, float]:
+    """Least and greatest value of a support; NaN for one that it lacks or that varies."""
+    ends = (getattr(element, f"{end}_bound", math.nan) for end in ("lower", "upper"))
+    values = (torch.as_tensor(end, dtype=torch.float64).unique() for end in ends)
+    low, high = (float(each) if each.numel() == 1 else math.nan for each in values)
+    return low, high
 
 
 def print_paths(paths: Sequence[Path]) -> None:

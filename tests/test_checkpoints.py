@@ -36,9 +36,21 @@ def run(tmp_path):
         {"channels": (3, 5), "context": 10, "activation": "SiLU"},
         {"prior": Part("Normal", {"learned": True})},
         {"likelihood": Part("Normal")},
+        {"gated": True, "activation": "Identity", "missing": True},
+        {"channels": (1,), "blocks": 1},
+        {"context": 10, "likelihood": Part("Poisson")},
         {"likelihood": Part("Normal", {"per_element": True, "bounded": True, "floor": 0.1})},
     ],
-    ids=["buffers", "convolutions", "learned prior", "learned scale", "scale of each element"],
+    ids=[
+        "buffers",
+        "convolutions",
+        "learned prior",
+        "learned scale",
+        "gated",
+        "blocks",
+        "counts",
+        "scale of each element",
+    ],
 )
 def test_a_run_opens_bit_for_bit_as_it_was_saved(options, tmp_path):
     blueprint = Blueprint(**{**SMALL, **options})
@@ -53,6 +65,16 @@ def test_a_run_opens_bit_for_bit_as_it_was_saved(options, tmp_path):
         assert torch.equal(before.mean, after.mean)
         assert torch.equal(before.variance, after.variance)
     assert not any(module.training for module in opened.modules())
+
+
+def test_a_run_from_before_its_later_fields_opens(run):
+    description = json.loads((run / "model.json").read_text())
+    for key in ("gated", "blocks", "missing"):
+        del description[key]
+    before = load(run).state_dict()
+    (run / "model.json").write_text(json.dumps(description))
+    after = load(run).state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_buffers_are_saved_beside_the_parameters(run):

@@ -278,6 +278,9 @@ def test_options_count_more_than_the_configuration_wherever_they_stand(line, run
         ),
         ("--prior Normal --prior.learned true", {"prior": Part("Normal", {"learned": True})}, {}),
         ("--channels 3 5 --batch-size 200", {"channels": (3, 5)}, {"batch_size": 200}),
+        ("--channels 3 --blocks 2", {"channels": (3,), "blocks": 2}, {}),
+        ("--gated --activation Identity", {"gated": True, "activation": "Identity"}, {}),
+        ("--missing", {"missing": True}, {}),
     ],
 )
 def test_options_train_as_the_library_does(options, parts, settings, here):
@@ -288,6 +291,193 @@ def test_options_train_as_the_library_does(options, parts, settings, here):
     fit(vae, data.load("digits", view=view), epochs=1, progress=False, **settings)
     opened = load(here / "run").state_dict()
     assert all(torch.equal(opened[key], value) for key, value in vae.state_dict().items())
+
+
+# Grey levels, counts, missing values
+
+
+@pytest.mark.parametrize(
+    ("options", "view"),
+    [
+        ("--likelihood DiscretizedLogistic", "levels"),
+        ("--likelihood DiscretizedLogistic --missing", "levels"),
+        ("--likelihood Categorical --hidden 4", "levels"),
+        ("--likelihood Categorical --likelihood.levels 17 --top 0.0625", "none"),
+        ("--likelihood DiscretizedLogistic --binarisation dynamic", "dynamic"),
+        ("--likelihood Poisson --binarisation levels", "levels"),
+        ("--missing", "dynamic"),
+        ("--likelihood Normal --missing", "none"),
+    ],
+)
+def test_the_view_of_data_is_that_of_their_likelihood(options, view, here):
+    assert call(f"{QUICK} {options} --out run") == 0
+    assert configuration(here / "run")["binarisation"] == view
+    assert all(readable(here / "run" / name) for name in PICTURES)
+
+
+def test_integers_up_to_255_are_levels_as_they_are(here):
+    np.save("x.npy", np.random.default_rng(0).integers(0, 256, (60, 5)))
+    line = (
+        "train --data x.npy --likelihood DiscretizedLogistic --epochs 1 --batch-size 48 --out run"
+    )
+    assert call(line) == 0
+    assert configuration(here / "run")["binarisation"] == "none"
+
+
+def test_levels_are_drawn_from_black_to_white(trained, drawn):
+    folder, _ = trained("--likelihood DiscretizedLogistic --output-bias")
+    assert call("reconstruct {run} --count 6 --out a.png --split validation", run=folder) == 0
+    (rows,) = drawn["strip"]
+    x = data.load("digits", view=data.levels).validation.batch()[0]
+    shown = 255 * rows["data"]
+    assert all(torch.isclose(x, each, atol=1e-3).flatten(1).all(1).any() for each in shown)
+    reconstruction = opened(folder).reconstruct(shown.round())
+    assert torch.allclose(255 * rows["reconstruction"], reconstruction, atol=1e-3)
+    assert call("sample {run} --count 9 --out a.png", run=folder) == 0
+    assert torch.equal(drawn["grid"][0], opened(folder).sample(9, mean=True) / 255)
+
+
+def test_counts_of_images_are_drawn_up_to_the_greatest(trained, drawn):
+    folder, _ = trained("--likelihood Poisson --top 0.0625")
+    assert call("reconstruct {run} --count 6 --out a.png", run=folder) == 0
+    (rows,) = drawn["strip"]
+    assert max(float(x.max()) for x in rows.values()) == 1.0
+    x = data.load("digits", top=0.0625).test.batch()[0]
+    top = max(float(opened(folder).reconstruct(x).max()), 16.0)
+    assert 0.2 < 16 / top <= float(rows["data"].max()) <= 1.0
+
+
+def test_an_output_bias_of_levels_starts_at_their_training_mean(here):
+    assert call(f"{QUICK} --likelihood DiscretizedLogistic --output-bias --lr 0 --out run") == 0
+    mean = data.load("digits", view=data.levels).train.mean()
+    loc = load(here / "run").likelihood.network.last.bias.unflatten(0, (2, 64))[0]
+    assert torch.allclose(127.5 * (1 + loc), mean.flatten(), atol=1e-3)
+
+
+def said(part, folder):
+    """What `evaluate` should print of a split."""
+    batches = part.batches(1000, torch.Generator().manual_seed(0))
+    values = bound(opened(folder), batches, particles=10).summary()
+    return f"ELBO {values['elbo']:.2f} ± {values['standard_error']:.2f}"
+
+
+@pytest.fixture
+def cells(here):
+    """A file of counts with labels, one with size factors as context, and their arrays."""
+    random = np.random.default_rng(0)
+    counts, labels = random.poisson(random.gamma(2.0, 2.0, (150, 6))), np.arange(150) % 3
+    np.savez("cells.npz", x=counts, labels=labels)
+    np.savez("own.npz", x=counts, context=np.arange(1.0, 151.0))
+    return counts, labels
+
+
+SIZED = "--likelihood NegativeBinomial --likelihood.size_factor true --batch-size 60"
+
+
+def test_counts_with_a_size_factor_train_and_are_sampled_at_sizes_of_training(
+    cells, drawn, here, capsys
+):
+    assert call(f"{QUICK} --data cells.npz {SIZED} --out run") == 0
+    assert all(readable(here / "run" / name) for name in [*PICTURES, "manifold.png"])
+    loaded = data.load("cells.npz").sized()
+    assert said(loaded.test, "run") in capsys.readouterr().out
+    assert call("evaluate run") == 0
+    assert said(loaded.test, "run") in capsys.readouterr().out
+    assert call("sample run --count 5 --out a.png") == 0
+    rows = torch.randint(len(loaded.train), [5], generator=torch.Generator().manual_seed(0))
+    expected = opened("run").sample(5, loaded.train.context[0][rows], mean=True)
+    assert torch.equal(drawn["grid"][0], expected)
+    for line in ("reconstruct run --count 5", "interpolate run --count 2", "encode run"):
+        assert call(line) == 0
+
+
+def test_a_conditional_run_has_its_size_factor_last(cells, drawn, here, capsys):
+    assert call(f"{QUICK} --data cells.npz {SIZED} --conditional --out run") == 0
+    loaded = data.load("cells.npz").conditioned().sized()
+    assert said(loaded.test, "run") in capsys.readouterr().out
+    assert checkpoints.blueprint("run").context == 4
+    rows = torch.randint(len(loaded.train), [6], generator=torch.Generator().manual_seed(0))
+    sizes = loaded.train.context[1][rows]
+    for option, labels, columns in (("", [0, 1, 2] * 2, 3), ("--label 2", [2] * 6, None)):
+        assert call(f"sample run --count 6 --out a.png {option}") == 0
+        codes = one_hot(torch.tensor(labels), 3).float()
+        assert torch.equal(drawn["grid"][0], opened("run").sample(6, codes, sizes, mean=True))
+        assert drawn["grid"][1] == columns
+    assert call("manifold run --side 3 --label 1 --out a.png") == 0
+    assert "they are 0 to 2" in refusal(2, "sample run --label 3", capsys)
+
+
+def test_a_context_of_the_datas_own_is_that_of_training_data_in_samples(
+    cells, drawn, here, capsys
+):
+    assert call(f"{QUICK} --data own.npz {SIZED} --out run") == 0
+    loaded = data.load("own.npz")
+    assert said(loaded.test, "run") in capsys.readouterr().out
+    assert call("sample run --count 5 --out a.png") == 0
+    rows = torch.randint(len(loaded.train), [5], generator=torch.Generator().manual_seed(0))
+    context = loaded.train.context[0][rows]
+    assert torch.equal(drawn["grid"][0], opened("run").sample(5, context, mean=True))
+    assert "is not conditional" in refusal(2, "sample run --label 1", capsys)
+    line = f"{QUICK} --data own.npz {SIZED} --conditional --out new"
+    assert "'own' has a context of its own; leave out --conditional" in refusal(2, line, capsys)
+
+
+def test_an_empty_row_has_no_size_factor(here, capsys):
+    np.save("x.npy", np.zeros((50, 4), int))
+    line = f"{QUICK} --data x.npy {SIZED} --out run"
+    assert "row 0 of the training split of 'x' has a total of 0" in refusal(2, line, capsys)
+
+
+@pytest.fixture
+def gaps(here):
+    """A file of the digits of which 30 % of the pixels are missing."""
+    x = data.load("digits", validation=0, test=0).train.x.numpy().copy()
+    x[np.random.default_rng(0).random(x.shape) < 0.3] = np.nan
+    np.save("gaps.npy", x)
+    return x
+
+
+@pytest.mark.parametrize("likelihood", ["Bernoulli", "DiscretizedLogistic", "Normal"])
+def test_data_with_missing_values_train(likelihood, gaps, drawn, here, capsys):
+    assert call(f"{QUICK} --data gaps.npy --missing --likelihood {likelihood} --out run") == 0
+    output = capsys.readouterr().out
+    assert "shape 1x8x8, 30.0% of their values missing, binarisation" in output
+    view = runs.VIEWS[configuration(here / "run")["binarisation"]]
+    loaded = data.load("gaps.npy", missing=True, view=view)
+    assert said(loaded.test, "run") in output
+    assert call("evaluate run") == 0
+    assert said(loaded.test, "run") in capsys.readouterr().out
+    assert call("sample run --count 4 --out values.npy") == 0
+    assert np.isfinite(np.load("values.npy")).all()
+    assert call("reconstruct run --count 4 --out a.png") == 0
+    (rows,) = drawn["strip"]
+    assert rows["data"].isnan().float().mean() == pytest.approx(0.3, abs=0.1)
+    assert rows["reconstruction"].isfinite().all()
+    for line in ("interpolate run --count 2", "encode run", "manifold run --side 3"):
+        assert call(line) == 0
+
+
+def test_missing_values_are_told_by_how_to_accept_them(gaps, capsys):
+    said = refusal(2, f"{QUICK} --data gaps.npy --out run", capsys)
+    assert f"{np.isnan(gaps).sum()} NaN or infinite values" in said
+    assert "accept NaN for what was not observed by --missing" in said
+    assert call("data gaps.npy") == 0
+    assert "30.0% of their values missing" in capsys.readouterr().out
+
+
+def test_a_run_from_before_its_later_options_opens(run, here, capsys):
+    shutil.copytree(run, here / "run")
+    settings = configuration(run)
+    for key in ("gated", "blocks", "missing"):
+        del settings[key]
+    (here / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    for place in (run, "run"):
+        assert call(f"evaluate {place}") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+# More of what training leaves behind
 
 
 def test_a_schedule_sets_the_learning_rate_of_each_epoch(here):
@@ -582,8 +772,8 @@ MISUSE = {
     "train --hidden 3 x": "--hidden takes a whole number, not 'x'",
     "train --lr fast": "--lr takes a number, not 'fast'",
     "train --ordered=maybe": "--ordered takes no value; there is --no-ordered",
-    "train --activation RelU": "--activation takes one of ELU, GELU, LeakyReLU, ReLU",
-    "train --binarisation nne": "--binarisation takes one of dynamic, threshold, none, not 'nne'",
+    "train --activation RelU": "--activation takes one of ELU, GELU, Identity, LeakyReLU",
+    "train --binarisation nne": "--binarisation takes one of dynamic, threshold, levels, none",
     "train --data digist": "unknown data set 'digist': did you mean 'digits'?",
     "train --data no.npy": "there is no file or folder 'no.npy'",
     "train --prior Norml": "unknown prior 'Norml': did you mean 'Normal'?",
@@ -618,6 +808,14 @@ MISUSE = {
     "train --device cuda:99": "there is no device 'cuda:99' here; use --device cpu",
     "train --binarisation none": "lie outside the support of Bernoulli",
     "train --config": "--config needs a value",
+    "train --gated --channels 3": "gated layers are those of MLPs",
+    "train --blocks 1": "residual blocks are those of a convolutional pair: give its channels",
+    "train --blocks -1 --channels 3": "there are 0 residual blocks or more, not -1",
+    "train --likelihood Missing": "name that one and give --missing",
+    "train --likelihood Multinomial --missing": "flatten the data",
+    "train --likelihood Poisson": "lie outside the support of Poisson",
+    "train --likelihood.size_factor true": "likelihood Bernoulli takes no option 'size_factor'",
+    "train --likelihood Normal --binarisation levels --top 0.5": "the view levels needs values",
     "train --config no.yaml": "there is no configuration file 'no.yaml'",
     "train --config {run}/model.json": "is no configuration of a run: it has an entry 'format'",
     "train --config {run}/best.safetensors": "is no configuration of a run",
@@ -801,3 +999,14 @@ def test_no_threads_are_refused(tmp_path, capsys):
     assert main(["train", "--out", str(tmp_path / "run"), "--threads", "0"]) == 2
     assert "at least 1 thread, not 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_objective_that_is_no_bound_is_labelled(tmp_path, capsys):
+    options = ["train", "--epochs", "1", "--objective", "Renyi", "--latent", "2"]
+    assert main([*options, "--objective.alpha", "-1", "--out", str(tmp_path / "below")]) == 0
+    assert "this Renyi is no lower bound on log p(x)" in capsys.readouterr().out
+    config = ["train", "--config", str(tmp_path / "below" / "config.yaml")]
+    assert main([*config, "--out", str(tmp_path / "again")]) == 0  # a class of this package
+    assert "this Renyi is no lower bound on log p(x)" in capsys.readouterr().out
+    assert main([*options, "--objective.alpha", "0.5", "--out", str(tmp_path / "above")]) == 0
+    assert "no lower bound" not in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Parts by name: what a constructor gets, what it refuses, and blueprints as plain values."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vae import MLP, ConvDecoder, ConvEncoder, objectives, posteriors, priors
-from pyro_vae.parts import KINDS, Blueprint, Part, find, make
-from pyro_vae.splits import Split
+from pyro_vae import MLP, ConvDecoder, ConvEncoder, likelihoods, objectives, posteriors, priors
+from pyro_vae.networks import fill
+from pyro_vae.parts import KINDS, Blueprint, Part, find, make, named
+from pyro_vae.splits import Split, dynamic, levels
 
 SMALL = {"shape": (1, 8, 8), "latent": 2, "hidden": (16, 12)}
 
@@ -52,6 +54,21 @@ class Wide(posteriors.Posterior):
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
 
+class Halved(likelihoods.Normal):
+    """An encoder should see half of the data, a decoder one context feature less."""
+
+    @classmethod
+    def features(cls, context, *, less=1):
+        return context - less
+
+    @staticmethod
+    def encoded(x):
+        return x / 2
+
+    def __init__(self, decoder, *, less=1):
+        super().__init__(decoder, scale=1.0)
+
+
 def own(cls, **options):
     return Part(f"{__name__}.{cls.__name__}", options)
 
@@ -65,6 +82,14 @@ def test_a_constructor_gets_by_name_what_it_asks_for():
     assert encoder is vae.posterior.network
     assert decoder is vae.likelihood.network
     assert torch.equal(data, x)
+
+
+def test_a_constructor_gets_data_as_they_are_scored_and_no_draws_of_them():
+    part = Split(torch.rand(7, 1, 8, 8))
+    for view, expected in ((levels, (255 * part.x).round()), (dynamic, part.x)):
+        viewed = dataclasses.replace(part, view=view)
+        vae = Blueprint(**SMALL, prior=own(Asking)).build(viewed)
+        assert torch.equal(vae.prior.got[5], expected)
 
 
 def test_without_data_a_constructor_gets_zeros_of_the_same_shape():
@@ -201,9 +226,79 @@ def test_channels_make_a_convolutional_pair():
     assert vae.sample(2).shape == (2, 3, 7, 5)
 
 
+def networks(blueprint):
+    """Encoder and decoder of a VAE that is built with a fixed seed."""
+    torch.manual_seed(0)
+    vae = blueprint.build()
+    return vae.posterior.network, vae.likelihood.network
+
+
+@pytest.mark.parametrize("channels", [(), (3, 5)])
+def test_an_encoder_sees_data_as_their_likelihood_says(channels):
+    x = torch.rand(4, 1, 8, 8)
+    encoder, plain = (
+        networks(Blueprint(**SMALL, channels=channels, likelihood=likelihood))[0]
+        for likelihood in (own(Halved, less=0), Part("Normal"))
+    )
+    assert torch.equal(encoder(x), plain(x / 2))
+    assert plain.transform is None
+
+
+def test_an_encoder_takes_all_context_and_a_decoder_what_its_likelihood_says():
+    for options, width in (({}, 2), ({"less": 3}, 0)):
+        blueprint = Blueprint(**SMALL, context=3, likelihood=own(Halved, **options))
+        assert [network.context for network in networks(blueprint)] == [3, width]
+
+
+def test_a_size_factor_reaches_the_counts_and_not_the_decoder():
+    part = Part("Poisson", {"size_factor": True})
+    vae = Blueprint((5,), latent=2, context=4, likelihood=part).build()
+    assert (vae.posterior.network.context, vae.likelihood.network.context) == (4, 3)
+    z, c, size = torch.randn(6, 2), torch.randn(6, 3), torch.rand(6, 1) + 0.5
+    expected = size * vae.likelihood.network(z, c).exp()
+    assert torch.allclose(vae.decode(z, c, size).mean, expected)
+
+
+@pytest.mark.parametrize("channels", [(), (3, 5)])
+@pytest.mark.parametrize("part", [Part("Bernoulli"), own(Halved, less=0)])
+def test_what_is_missing_is_not_scored_and_known_to_the_encoder(channels, part):
+    vae = Blueprint(**SMALL, channels=channels, missing=True, likelihood=part).build()
+    x = torch.rand(6, 1, 8, 8).round()
+    x[torch.rand(x.shape) < 0.3] = torch.nan
+    encoder = vae.posterior.network
+    encoder_input = fill(x / 2 if part.name.endswith("Halved") else x, dims=3)
+    expected, encoder.transform = encoder(x), None
+    assert torch.equal(encoder(encoder_input), expected)
+    z = torch.randn(6, 2)
+    complete = vae.likelihood.likelihood(z).base_dist
+    scores = complete.log_prob(x.nan_to_num(0.0))
+    expected = torch.where(x.isnan(), 0.0, scores).flatten(1).sum(1)
+    assert torch.allclose(vae.decode(z).log_prob(x), expected, atol=1e-5)
+
+
+def test_missing_is_no_likelihood_to_name():
+    with pytest.raises(ValueError, match="name that one and give --missing"):
+        find("Missing", "likelihood")
+    assert "Missing" not in named("likelihood")
+
+
+def test_layers_are_gated_and_blocks_added_in_both_networks():
+    blueprint = Blueprint(**SMALL, gated=True, activation="Identity")
+    for network in networks(blueprint):
+        assert [type(layer.activation) for layer in network.hidden] == [nn.Identity] * 2
+    for network in networks(Blueprint(**SMALL, channels=(3, 5), blocks=2)):
+        convolutions = [
+            m for m in network.modules() if isinstance(m, nn.Conv2d) and m.stride == (1, 1)
+        ]
+        assert sorted(m.in_channels for m in convolutions) == [3] * 4 + [5] * 4
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"gated": True, "channels": (3,)}, "gated layers are those of MLPs"),
+        ({"blocks": 1}, "residual blocks are those of a convolutional pair: give its channels"),
+        ({"blocks": -1, "channels": (3,)}, "0 residual blocks or more, not -1"),
         ({"latent": 0}, "at least 1 dimension"),
         ({"hidden": (16, 0)}, "at least 1 wide"),
         ({"channels": (0,)}, "at least 1 wide"),
@@ -222,6 +317,9 @@ def test_sizes_and_activations_that_make_no_network_are_refused(options, words):
         Blueprint(shape=(1, 8, 8), channels=(4,), activation="SiLU", context=10, rows=9),
         Blueprint(**SMALL, likelihood=Part("Normal", {"per_element": True, "floor": 0.1})),
         Blueprint(**SMALL, prior=own(Asking, width=2.0), posterior=own(Wide, rank=3)),
+        Blueprint(**SMALL, gated=True, activation="Identity", missing=True),
+        Blueprint(**SMALL, channels=(3,), blocks=2),
+        Blueprint(**SMALL, context=2, likelihood=Part("Poisson", {"size_factor": True})),
     ],
 )
 def test_a_blueprint_survives_json(blueprint):
@@ -241,6 +339,9 @@ def test_a_blueprint_survives_json(blueprint):
         {"shape": [1, -8, 8]},
         {"hidden": 16},
         {"rows": -1},
+        {"blocks": 1.5},
+        {"gated": 1},
+        {"missing": "no"},
         {"depth": 3},
         {"prior": "Normal"},
         {"prior": {"name": 3}},
@@ -251,6 +352,13 @@ def test_a_blueprint_survives_json(blueprint):
 def test_values_of_no_blueprint_are_refused(changes):
     with pytest.raises(ValueError, match="this is no description of a VAE"):
         Blueprint.of({**Blueprint(**SMALL).plain(), **changes})
+
+
+def test_a_blueprint_from_before_its_later_fields_is_read():
+    values = Blueprint(**SMALL).plain()
+    for key in ("gated", "blocks", "missing"):
+        del values[key]
+    assert Blueprint.of(values) == Blueprint.of(Blueprint(**SMALL).plain())
 
 
 def test_an_incomplete_blueprint_is_refused():

@@ -58,6 +58,12 @@ def test_values_outside_the_range_are_drawn_at_its_ends():
     assert_array_equal(plots._tiled(tiles(-3.0, 7.0, height=1, width=1), 2), [[0, 1, 1]])
 
 
+def test_what_is_missing_is_drawn_grey():
+    x = torch.tensor([torch.nan, 0.0, 1.0]).reshape(3, 1, 1, 1)
+    assert_array_equal(plots._tiled(x, 3, gap=0), [[0.5, 0, 1]])
+    assert_array_equal(plots._tiled(x.expand(-1, 3, -1, -1), 3, gap=0)[0, 0], [0.5] * 3)
+
+
 def colours_of(axes):
     """The colours of the lines, as bytes."""
     drawn = [to_rgb(line.get_color()) for line in axes.lines]
