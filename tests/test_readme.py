@@ -1,5 +1,6 @@
 """The README's Python blocks run, in order, and its figures are those of the results."""
 
+import importlib
 import json
 import re
 import textwrap
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 def test_python_blocks_run_in_order(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -29,7 +30,10 @@ def test_the_programs_shown_are_those_of_the_package():
     assert all(textwrap.indent(program, "    ") in source for program in programs)
 
 
-@pytest.mark.parametrize("page", ["README.md", "examples/benchmarks/README.md"])
+PAGES = ["README.md", "examples/benchmarks/README.md", "examples/combinations.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     path = ROOT / page
     targets = re.findall(r"\]\(([^)#]+)\)", path.read_text())
@@ -57,3 +61,40 @@ def test_the_table_of_frey_face_is_that_of_the_results():
         halves = f"{row['reconstruction']:.0f} | {row['kl']:.1f}"
         line = f"| {row['run']} | {row['passed']} | {row['samples']} | {bound} | {halves} |"
         assert line in table
+
+
+def test_the_table_of_comparisons_is_that_of_the_results(monkeypatch):
+    folder = ROOT / "examples" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    results = json.loads((folder / "results" / "comparisons.json").read_text())
+    table = importlib.import_module("comparisons").table(results)
+    assert table in (folder / "README.md").read_text()
+    gains = [
+        line.split("(")[1]
+        for line in table.splitlines()
+        if "published" not in line and "(" in line
+    ]
+    assert len(gains) == 4
+    assert all(gain.startswith("+") for gain in gains)  # as the page says, no interval contains 0
+
+
+def test_the_table_of_signal_and_noise_is_that_of_the_results():
+    folder = ROOT / "examples" / "benchmarks"
+    rows = json.loads((folder / "results" / "signal_to_noise.json").read_text())
+    lines = (folder / "README.md").read_text().splitlines()
+    for row in rows:
+        (line,) = [x for x in lines if x.startswith(f"| {row['trained']} | {row['gradient']} |")]
+        assert f" {row['signal_to_noise']:.2f} |" in line
+
+
+def test_the_gain_of_doubly_reparameterised_gradients_is_that_of_the_results():
+    folder = ROOT / "examples" / "benchmarks"
+    rows = json.loads((folder / "results" / "signal_to_noise.json").read_text())
+    ratios = {(r["trained"], r["particles"], r["gradient"]): r["signal_to_noise"] for r in rows}
+    gains = [
+        ratios[trained, count, "doubly reparameterised"] / value
+        for (trained, count, gradient), value in ratios.items()
+        if gradient == "pathwise"
+    ]
+    page = (folder / "README.md").read_text()
+    assert f"{min(gains):.1f} to {max(gains):.1f} times as strong" in page
