@@ -72,7 +72,8 @@ class BetaELBO(ELBO):
                 f"start={start} and steps={steps}"
             )
         self.elbo = Trace_ELBO(max_plate_nesting=1) if elbo is None else elbo
-        self.start, self.end, self.steps, self.step = start, float(weight), steps, 0
+        # Tensors, as captured programs need them, which are all that changes from step to step.
+        self.start, self.end, self.steps, self.step = start, float(weight), steps, torch.zeros(())
         self.weight = torch.tensor(float(weight if start is None else start))
         super().__init__(
             num_particles=self.elbo.num_particles,
@@ -103,9 +104,9 @@ class BetaELBO(ELBO):
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Any:
         """As `loss`; gradients are added to the parameters', and a schedule takes a step."""
         if self.start is not None:
-            done = min(self.step / self.steps, 1.0)
-            self.weight.fill_(self.start + (self.end - self.start) * done)
-            self.step += 1
+            done = (self.step / self.steps).clamp(max=1.0)
+            self.weight.copy_(self.start + (self.end - self.start) * done)
+            self.step.add_(1)
         return self.elbo.loss_and_grads(*self._weighted(model, guide), *args, **kwargs)
 
     def _weighted(self, model: Program, guide: Program) -> tuple[Program, Program]:

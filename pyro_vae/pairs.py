@@ -8,7 +8,7 @@ __all__ = [
     "elementary",
     "family",
     "undisturbed",
-    "unvalidated",
+    "validation",
 ]
 
 import copy
@@ -59,7 +59,12 @@ def check_pair(pair: Pair, *batch: Tensor) -> None:
     """
     if isinstance(pair, VAE):
         check_parts(pair)
-    with undisturbed(pair, batch), torch.enable_grad(), unvalidated(), warnings.catch_warnings():
+    with (
+        undisturbed(pair, batch),
+        torch.enable_grad(),
+        validation(False),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", "Encountered NaN")  # told of in a sentence instead
         for size in sorted({min(size, len(batch[0])) for size in (2, 3)}):
             _check_programs(pair, batch, size)
@@ -81,9 +86,8 @@ def check_objective(objective: ELBO, pair: Pair, *batch: Tensor) -> None:
     if isinstance(objective, BetaELBO) and objective.weight < 0:
         raise ValueError(f"the weight of the KL is at least 0, not {objective.weight:g}")
     rows = tuple(tensor[:2] for tensor in batch)
-    before = Distribution._validate_args
     try:
-        with undisturbed(pair, rows), pyro.validation_enabled(), warnings.catch_warnings():
+        with undisturbed(pair, rows), validation(True), warnings.catch_warnings():
             warnings.filterwarnings("error", "Failed to verify mean field restriction")
             copy.deepcopy(objective).loss_and_grads(pair.model, pair.guide, *rows)
     except (RuntimeError, ValueError, NotImplementedError, UserWarning) as error:
@@ -97,7 +101,6 @@ def check_objective(objective: ELBO, pair: Pair, *batch: Tensor) -> None:
             f"{type(objective).__name__} cannot train this model and guide: {reason}"
         ) from error
     finally:
-        Distribution.set_default_validate_args(before)
         if isinstance(pair, nn.Module):
             pair.zero_grad()
 
@@ -110,11 +113,11 @@ def elementary(support: constraints.Constraint) -> constraints.Constraint:
 
 
 @contextmanager
-def unvalidated() -> Iterator[None]:
-    """Switch off the validation of Pyro and torch for a while, and leave both as they were."""
+def validation(enabled: bool) -> Iterator[None]:
+    """Set the validation of Pyro and torch for a while, and leave both as they were."""
     before = Distribution._validate_args
     try:
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(enabled):
             yield
     finally:
         Distribution.set_default_validate_args(before)

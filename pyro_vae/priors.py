@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from typing_extensions import Self, override
 
 from pyro_vae import distributions as laws
@@ -221,7 +222,7 @@ class VampPrior(Prior):
 
     def _components(self) -> Distribution:
         """The laws q(z|u_k), kept in evaluation until a weight changes."""
-        if self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or get_proxy_mode():  # captured, not kept
             return self._encode(self.pseudo_inputs)
         own = self.pseudo_inputs, self.low, self.high
         weights = chain(self.posterior.parameters(), self.posterior.buffers(), own)

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
-from pyro_vae.pairs import check_pair, family, undisturbed, unvalidated
+from pyro_vae.pairs import check_pair, family, undisturbed, validation
 from pyro_vae.vae import as_pyro
 
 
@@ -45,7 +45,7 @@ def check_prior(prior: nn.Module, *context: Tensor, seed: int = 0) -> None:
         >>> check_prior(priors.MixtureOfNormals(3, components=5))
     """
     row = tuple(c[:1] for c in context)
-    with undisturbed(prior, row), unvalidated():
+    with undisturbed(prior, row), validation(False):
         torch.manual_seed(seed)
         density = as_pyro(prior(*row))
         batch, event = tuple(density.batch_shape), tuple(density.event_shape)
@@ -84,7 +84,7 @@ def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int
         >>> from pyro_vae import MLP, posteriors
         >>> check_posterior(posteriors.Normal(MLP(4, [8], (2, 3))), torch.randn(2, 4))
     """
-    with undisturbed(posterior, (x, *context)), unvalidated():
+    with undisturbed(posterior, (x, *context)), validation(False):
         torch.manual_seed(seed)
         whole = as_pyro(posterior(x, *context))
         if whole.batch_shape != x.shape[:1] or len(whole.event_shape) != 1:
@@ -140,7 +140,7 @@ def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: i
         >>> from pyro_vae import MLP, likelihoods
         >>> check_likelihood(likelihoods.Normal(MLP(2, [8], 5)), torch.randn(3, 2))
     """
-    with undisturbed(likelihood, (z, *context)), unvalidated():
+    with undisturbed(likelihood, (z, *context)), validation(False):
         torch.manual_seed(seed)
         density = as_pyro(likelihood(z, *context))
         if density.batch_shape != z.shape[:-1] or not density.event_shape:

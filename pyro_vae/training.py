@@ -28,7 +28,7 @@ from tqdm import tqdm
 from pyro_vae import checkpoints
 from pyro_vae.evaluation import bound
 from pyro_vae.objectives import BetaELBO
-from pyro_vae.pairs import check_objective, check_pair, unvalidated
+from pyro_vae.pairs import check_objective, check_pair, validation
 from pyro_vae.splits import Data, Split
 
 Metrics = dict[str, float]
@@ -295,6 +295,6 @@ def _log(run: str | Path | None) -> Iterator[Callable[[Metrics], None]]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the validation that `check_pair` has done, and Pyro's warning of what is raised."""
-    with unvalidated(), warnings.catch_warnings():
+    with validation(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Encountered NaN")
         yield

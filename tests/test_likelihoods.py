@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from pyro_vae import MLP, VAE, data, fit, likelihoods, posteriors, priors
-from pyro_vae.pairs import elementary, unvalidated
+from pyro_vae.pairs import elementary, validation
 from pyro_vae.testing import check_likelihood, check_pair
 
 CASES = {
@@ -251,7 +251,7 @@ def test_nothing_branches_on_a_value(make):
     likelihood, z = make(), torch.randn(3, 2).double()
     size = [torch.rand(3, 1) + 0.1] if getattr(likelihood, "size_factor", False) else []
     torch._dynamo.reset()
-    with unvalidated():
+    with validation(False):
         x = likelihood(z, *size).sample()
         whole = torch.compile(
             lambda z, x, *size: likelihood(z, *size).log_prob(x), backend="eager", fullgraph=True
@@ -378,7 +378,7 @@ def test_size_factors_are_the_last_context_and_positive(kind):
     with pytest.raises(ValueError, match=r"last context \(N, 1\), and got \(5, 3\)"):
         likelihood(Z, torch.ones(5, 1), torch.ones(5, 3))
     for wrong in (0.0, -1.0, torch.nan):
-        with unvalidated():
+        with validation(False):
             score = likelihood(Z, torch.full((5, 1), wrong)).log_prob(torch.zeros(5, 3))
         assert score.isnan().all()
     family = type(likelihood)

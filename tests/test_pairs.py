@@ -12,7 +12,7 @@ from torch import nn
 
 from pyro_vae import MLP, VAE, ConvEncoder, likelihoods, posteriors, priors
 from pyro_vae.objectives import BetaELBO, FreeBits
-from pyro_vae.pairs import check_objective, check_pair, unvalidated
+from pyro_vae.pairs import check_objective, check_pair, validation
 
 X = torch.randn(6, 4)
 
@@ -145,7 +145,7 @@ def test_validation_comes_back_as_it_was(flag):
     before = torch.distributions.Distribution._validate_args
     try:
         torch.distributions.Distribution.set_default_validate_args(flag)
-        with unvalidated():
+        with validation(False):
             torch.distributions.Normal(0.0, -1.0)
         assert torch.distributions.Distribution._validate_args is flag
         assert pyro.distributions.is_validation_enabled()

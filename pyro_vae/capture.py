@@ -1,0 +1,230 @@
+"""Capture: a Pyro objective, run once and kept as a graph of tensor operations.
+
+Model, guide and objective run under fake tensors while every operation is written down; the
+graph then repeats the operations without Pyro. Parameters, buffers and whatever other tensors
+the programs hold are captured by reference, so that a change of their values is seen.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Graph", "NotCapturableError", "capture"]
+
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyro.util
+import torch
+from torch import Tensor, fx
+from torch._decomp import get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+from pyro_vae.pairs import validation
+
+_aten = torch.ops.aten
+
+
+class NotCapturableError(Exception):
+    """A program has no one graph; the message names the line and the reason."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A function of tensors as a graph.
+
+    Attributes:
+        module: The operations, from the inputs followed by `held` to the outputs.
+        held: The tensors that the programs hold, by reference.
+        changed: Identities of those of them that the operations change in place.
+    """
+
+    module: fx.GraphModule
+    held: Sequence[Tensor]
+    changed: Set[int]
+
+    def interpreted(self) -> Callable[..., Any]:
+        """Return the graph as a function that runs operation after operation."""
+        return self._bound(self.module)
+
+    def compiled(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """Return the graph as a function that `torch.compile` compiles at its first call.
+
+        Args:
+            inputs: Tensors like those that it will be given.
+        """
+        with torch.no_grad():
+            rewrite = make_fx(self.module, decomposition_table=_rewritten(), tracing_mode="fake")
+            module = rewrite(*inputs, *self.held)
+        # Random numbers are those of torch's own generators, as where the graph is not compiled.
+        options: dict[str, Any] = {"fallback_random": True}
+        return self._bound(torch.compile(module, fullgraph=True, dynamic=False, options=options))
+
+    def _bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        held = self.held
+
+        def run(*inputs: Tensor) -> Any:
+            with torch.no_grad():  # the gradients are in the graph
+                return function(*inputs, *held)
+
+        return run
+
+
+def capture(
+    function: Callable[..., Any], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> Graph:
+    """Capture a loss and its gradients.
+
+    Random state, buffers and parameters stay as they are.
+
+    Args:
+        function: From `inputs` to a loss; what it calls ``backward`` on is differentiated.
+        inputs: Tensors like those that the graph will be given.
+        parameters: Parameters whose gradients follow the loss in the outputs, None for those
+            on which nothing depends.
+
+    Raises:
+        NotCapturableError: The function has no one graph: it branches on data, for instance.
+    """
+
+    def traced(*given: Tensor) -> tuple[Tensor | None, ...]:
+        recording = _Recording()
+        with recording:
+            loss = function(*given)
+        return torch.as_tensor(loss).detach(), *recording.gradients(parameters)
+
+    trace = make_fx(traced, tracing_mode="fake", _allow_non_fake_inputs=True)
+    try:
+        with validation(False):
+            module: fx.GraphModule = trace(*inputs)
+    except Exception as error:  # whatever tracer or program meets; eagerly the program runs
+        raise NotCapturableError(_located(error)) from error
+    module.graph.eliminate_dead_code()
+    held = _lift(module)
+    return Graph(module, held, _changed(module, held))
+
+
+class _Recording(TorchFunctionMode):
+    """Lets an objective differentiate and read its loss while it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roots: list[tuple[Tensor, Tensor | None]] = []
+
+    @override
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is Tensor.item and args[0].is_floating_point():
+            return args[0].detach().double()  # as a Python number would be
+        if function is Tensor.backward:
+            gradient = [*args[1:2], (kwargs or {}).get("gradient")][0]
+            self.roots.append((args[0], gradient))
+            return None
+        if function in (Tensor.__bool__, Tensor.register_hook) and _warns(sys._getframe(1)):
+            return False
+        if function is Tensor.register_hook:
+            raise NotImplementedError("hooks on tensors are no part of a graph")
+        return function(*args, **(kwargs or {}))
+
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of everything that was differentiated, added up as autograd would."""
+        total: list[Tensor | None] = [None] * len(parameters)
+        for root, gradient in self.roots if parameters else ():
+            slopes = torch.autograd.grad(
+                root, parameters, gradient, retain_graph=True, allow_unused=True
+            )
+            total = [
+                old if new is None else new if old is None else old + new
+                for old, new in zip(total, slopes, strict=True)
+            ]
+        # Fused optimisers read a gradient in the order in which its parameter lies in memory.
+        return [
+            slope
+            if slope is None or slope.stride() == each.stride()
+            # A view of one number has its strides too, and no memory of its own.
+            else torch.empty_like(each).copy_(slope)
+            for slope, each in zip(total, parameters, strict=True)
+        ]
+
+
+def _warns(frame: Any) -> bool:
+    """Whether Pyro looks for a NaN, to warn of it and for nothing else."""
+    inside = frame.f_code.co_filename == pyro.util.__file__
+    return inside and frame.f_code.co_name.startswith(("warn_if_", "torch_is"))
+
+
+def _lift(module: fx.GraphModule) -> list[Tensor]:
+    """Make the tensors that a graph holds inputs of it, each once, and return them."""
+    held: dict[int, Tensor] = {}
+    inputs: dict[int, fx.Node] = {}
+    *_, last = [node for node in module.graph.nodes if node.op == "placeholder"] or [None]
+    for node in [node for node in module.graph.nodes if node.op == "get_attr"]:
+        value = getattr(module, str(node.target))
+        if not isinstance(value, Tensor):
+            continue
+        if id(value) not in held:
+            first = next(iter(module.graph.nodes))
+            graph = module.graph
+            with graph.inserting_after(last) if last else graph.inserting_before(first):
+                last = module.graph.placeholder(f"held_{len(held)}")
+            last.meta = dict(node.meta)
+            held[id(value)], inputs[id(value)] = value, last
+        node.replace_all_uses_with(inputs[id(value)])
+        module.graph.erase_node(node)
+    module.recompile()
+    return list(held.values())
+
+
+def _changed(module: fx.GraphModule, held: Sequence[Tensor]) -> Set[int]:
+    """Identities of the held tensors that an operation writes to."""
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"][-len(held) :]
+    written = {
+        node.args[index]
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        for index, each in enumerate(node.target._schema.arguments[: len(node.args)])
+        if each.is_write or (node.target is _aten.native_batch_norm.default and index in (3, 4))
+    }
+    return {id(value) for node, value in zip(nodes, held, strict=False) if node in written}
+
+
+def _rewritten() -> dict[Any, Callable[..., Any]]:
+    """What is computed otherwise where a graph is compiled."""
+    special = [
+        _aten.binary_cross_entropy_with_logits,
+        _aten.log_sigmoid_forward,
+        _aten.native_batch_norm,
+        _aten.softplus,
+    ]
+    return {**get_decompositions(special), _aten.log1p.default: _log1p}
+
+
+def _log1p(x: Tensor) -> Tensor:
+    """``log(1 + x)`` to the precision of log, which vectorises several times better than log1p.
+
+    What 1 + x loses is made good to first order; from 1 on, and at -1, there is nothing to make
+    good.
+    """
+    y = 1 + x
+    return y.log() + torch.where((x.abs() < 1), (x - (y - 1)) / y, 0.0)
+
+
+def _located(error: BaseException) -> str:
+    """The user's line that an error comes from, and its reason, as a clause."""
+    ours, standard = Path(__file__).parent, sysconfig.get_path("stdlib")
+    known = [str(Path(str(each.__file__)).parent) for each in (torch, pyro)]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(("<", standard, str(ours), *known))
+    ]
+    reason = " ".join((str(error) or type(error).__name__).partition("\n")[0].split())
+    if not frames:
+        return reason
+    return f"line {frames[-1].lineno} of {frames[-1].filename}, `{frames[-1].line}`: {reason}"

@@ -1,0 +1,538 @@
+"""Stochastic variational inference of any Pyro program, at the speed of its tensor operations."""
+
+from __future__ import annotations
+
+__all__ = ["MODES", "CompiledSVI", "Mode", "mode_for"]
+
+import contextlib
+import copy
+import importlib.util
+import inspect
+import math
+import os
+import shutil
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, Literal, cast, get_args
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.elbo import ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils import _pytree as pytree
+
+from pyro_vae.capture import Graph, NotCapturableError, capture
+from pyro_vae.pairs import undisturbed, validation
+
+Program = Callable[..., Any]
+Run = Callable[[Sequence[Any]], Tensor]  # of the leaves of its arguments
+Mode = Literal["eager", "captured", "compiled"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+# Steps from which capturing, and compiling, is paid back: about one second and fifteen, for
+# three milliseconds less in each step, and one more (examples/benchmarks/speed.py).
+_CAPTURE_PAYS, _COMPILE_PAYS = 500, 10_000
+_FUSED = (Adam, AdamW, SGD)
+_GRAPHS = 8  # kept at a time
+
+
+class CompiledSVI:
+    """`pyro.infer.SVI` whose programs are captured once, and compiled.
+
+    Model, guide and objective are run once for each kind of input and kept as a graph of tensor
+    operations, gradients included, which later steps repeat without Pyro's handlers. The numbers
+    are those of `pyro.infer.SVI`: captured, gradients are equal bit for bit; compiled, to
+    rounding, from the same random stream. In any mode the programs first run once eagerly,
+    with Pyro's validation on and random state and buffers put back, so that a wrong program
+    fails with Pyro's message before anything is changed.
+
+    A graph stands for one shape, type and device of every tensor, one value of every other
+    argument but floats, which are inputs of the graph, and one state of the modules that the
+    programs belong to: training or evaluation, frozen or trained, and which parameters they
+    have. Another one is captured anew, and the last eight are kept. A program that has no one
+    graph, since it branches on values or enumerates, is told of once and runs eagerly.
+
+    What Python alone knows cannot be seen: numbers kept in attributes, lists and global
+    variables, and draws of Python's or NumPy's generators, stay in a graph as they were when it
+    was captured. After changing one call `recapture`. An attribute that changes with every run
+    is noticed, and its program runs eagerly.
+
+    Args:
+        model: The model, any callable with Pyro primitives.
+        guide: The guide, likewise.
+        optim: One of `pyro.optim`, or a function from parameters to a torch optimiser, such as
+            ``partial(torch.optim.Adam, lr=1e-3)``. Adam, AdamW and SGD, of either kind, run as
+            one fused optimiser where their options are plain; another `PyroOptim` is called with
+            the parameters, as `pyro.infer.SVI` does.
+        loss: One of Pyro's ELBO family, such as ``Trace_ELBO()``.
+        mode: ``"eager"``, ``"captured"``, or ``"compiled"`` by `torch.compile`, which takes some
+            seconds at the first step. By default compiled where there is a compiler, and captured
+            otherwise.
+
+    Raises:
+        TypeError: An argument of another kind.
+        ValueError: An unknown mode.
+
+    Example:
+        >>> from pyro.infer import Trace_ELBO
+        >>> def model(x):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     loc = pyro.param("loc", torch.tensor(0.0))
+        ...     pyro.sample("z", dist.Normal(loc, 0.7))
+        >>> import pyro.distributions as dist
+        >>> adam = pyro.optim.Adam({"lr": 0.1})
+        >>> svi = CompiledSVI(model, guide, adam, Trace_ELBO(), mode="captured")
+        >>> losses = [svi.step(torch.tensor(2.0)) for _ in range(300)]
+        >>> abs(pyro.param("loc").item() - 1) < 0.2  # the posterior is N(1, 1/2)
+        True
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        optim: PyroOptim | Callable[[Iterable[Any]], Optimizer],
+        loss: ELBO,
+        *,
+        mode: Mode | None = None,
+    ) -> None:
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise TypeError(f"the {name} must be a function, not {program!r}")
+        if not isinstance(loss, ELBO):
+            raise TypeError(f"the loss must be an ELBO, such as Trace_ELBO(), not {loss!r}")
+        if isinstance(optim, Optimizer) or not callable(optim):
+            raise TypeError(
+                "the optimizer must be one of pyro.optim, or a function of the parameters, such "
+                "as partial(torch.optim.Adam, lr=1e-3)"
+            )
+        if mode not in (None, *MODES):
+            raise ValueError(f"there is no mode '{mode}'; there are {', '.join(MODES)}")
+        self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
+        self.mode: Mode = mode or ("compiled" if _compiler() else "captured")
+        self.optimizer: Optimizer | None = None
+        reached = list(_reached(model, guide))
+        self._modules = [each for each in reached if isinstance(each, nn.Module)]
+        self._tensors = [each for each in reached if isinstance(each, Tensor)]
+        self._runs: OrderedDict[Any, Run] = OrderedDict()
+        self._parameters: dict[int, Tensor] = {}  # by identity, so that each counts once
+        self._names: dict[int, str] = {}  # of those that can be watched
+        self._stored: list[str] = []  # of those in the param store
+
+    def step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a gradient step, and return the loss, a tensor without gradient.
+
+        Args:
+            args: Arguments of model and guide.
+            kwargs: Likewise.
+        """
+        loss = self.loss_and_grads(*args, **kwargs)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        else:
+            self.optim([each for each in self._parameters.values() if each.grad is not None])
+        for each in self._parameters.values():
+            each.grad = None
+        return loss
+
+    def loss_and_grads(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss and leave gradients with the parameters, in place of earlier ones."""
+        return self._run("loss_and_grads", args, kwargs)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss, a tensor without gradient, and change nothing."""
+        with torch.no_grad():
+            return self._run("loss", args, kwargs)
+
+    def recapture(self) -> None:
+        """Forget all graphs, and the optimiser's state of parameters that were replaced."""
+        self._runs.clear()
+        for key in self._replaced():
+            parameter = self._parameters.pop(key)
+            del self._names[key]
+            if self.optimizer is not None:
+                self.optimizer.state.pop(parameter, None)
+                for group in self.optimizer.param_groups:
+                    group["params"] = [p for p in group["params"] if p is not parameter]
+
+    def _run(self, method: str, args: Any, kwargs: Any) -> Tensor:
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        key = method, structure, self._state(leaves)
+        run = self._runs.get(key)
+        if run is None:
+            run = self._prepared(method, leaves, structure)
+            # Anew, since the first run of a program may make its parameters.
+            self._runs[method, structure, self._state(leaves)] = run
+            if len(self._runs) > _GRAPHS:
+                self._runs.popitem(last=False)
+        else:
+            self._runs.move_to_end(key)
+        return run(leaves)
+
+    def _state(self, leaves: Sequence[Any]) -> Any:
+        """What a graph depends on and does not take as an input."""
+        if self.mode == "eager":
+            return None
+        state = [torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), *map(_kind, leaves)]
+        for module in self._modules:
+            _append_state(module, state)
+        if self._stored:
+            store = dict(pyro.get_param_store().named_parameters())
+            state += [id(store.get(name)) for name in self._stored]
+        return tuple(state)
+
+    def _prepared(self, method: str, leaves: Sequence[Any], structure: Any) -> Run:
+        """Run the programs once eagerly, and return how they run from then on."""
+        self._check_devices(leaves)
+        for key in self._replaced():
+            raise ValueError(
+                f"the parameter '{self._names[key]}' was replaced, and the optimizer has the one "
+                f"before: call recapture() to go on with the new one, or make a new CompiledSVI"
+            )
+        parameters, changing = self._rehearse(method, leaves, structure)
+        if method != "loss_and_grads":
+            parameters = {}
+        elif self.mode != "eager":
+            self._follow(parameters)
+        if self.mode != "eager":
+            try:
+                if changing:
+                    raise NotCapturableError(f"its attribute '{changing}' changes with every run")
+                return self._captured(method, leaves, structure, list(parameters.values()))
+            except NotCapturableError as error:
+                warnings.warn(
+                    f"the program cannot be captured and runs eagerly: {error}", stacklevel=4
+                )
+                self.mode = "eager"
+        return partial(self._eager, method, structure)
+
+    def _rehearse(
+        self, method: str, leaves: Sequence[Any], structure: Any
+    ) -> tuple[dict[str, Tensor], str | None]:
+        """Run the objective once as Pyro would, and leave everything as it was.
+
+        Returns the parameters by name, and the name of an attribute that the run has changed.
+        """
+        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        try:
+            loss = copy.deepcopy(self.loss)
+        except Exception:  # for whatever an objective of the user's own holds
+            loss = self.loss
+        modules, held = nn.ModuleList(self._modules), self._held(loss)
+        before = _numbers(held)
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        traced = poutine.trace(param_only=True)
+        with undisturbed(modules, tensors), _restored(self._loose(loss)), validation(True), traced:
+            value = getattr(loss, method)(self.model, self.guide, *args, **kwargs)
+        if isinstance(value, tuple):
+            raise TypeError(f"the losses of {type(loss).__name__} are several: use pyro.infer.SVI")
+        parameters = _unique(traced.trace)
+        for parameter in parameters.values():
+            parameter.grad = None
+        after = _numbers(held)
+        if math.isinf(self.loss.max_plate_nesting):
+            self.loss.max_plate_nesting = loss.max_plate_nesting  # which the run has found out
+        changed = [key for key in before if after.get(key) != before[key]]
+        return parameters, changed[0][1] if changed else None
+
+    def _held(self, loss: ELBO) -> list[Any]:
+        """The objects whose attributes may be state that a graph cannot have."""
+        modules = nn.ModuleList(self._modules).modules()
+        return [loss, *(each for each in vars(loss).values() if isinstance(each, ELBO)), *modules]
+
+    def _loose(self, loss: ELBO) -> list[Tensor]:
+        """Tensors within reach that a run may change in place."""
+        values = [
+            *self._tensors,
+            *(buffer for module in self._modules for buffer in module.buffers()),
+            *(value for each in self._held(loss)[:2] for value in vars(each).values()),
+        ]
+        return [each for each in values if isinstance(each, Tensor) and not each.requires_grad]
+
+    def _captured(
+        self, method: str, leaves: Sequence[Any], structure: Any, parameters: Sequence[Tensor]
+    ) -> Run:
+        tensors = [isinstance(leaf, (Tensor, float)) for leaf in leaves]
+
+        def objective(*inputs: Tensor) -> Any:
+            given = iter(inputs)
+            filled = [
+                next(given) if free else leaf for free, leaf in zip(tensors, leaves, strict=True)
+            ]
+            args, kwargs = pytree.tree_unflatten(filled, structure)
+            return getattr(self.loss, method)(self.model, self.guide, *args, **kwargs)
+
+        inputs = _inputs(leaves)
+        loose = self._loose(self.loss)
+        with _restored(loose), _unassigned(self._held(self.loss)):
+            graph = capture(objective, inputs, parameters)
+        if not graph.changed <= {id(each) for each in loose}:
+            raise NotCapturableError("it changes a tensor in place that is kept out of sight")
+        function = graph.interpreted()
+        if self.mode == "compiled":
+            function = self._compiled(graph, inputs)
+
+        def run(leaves: Sequence[Any]) -> Tensor:
+            loss, *gradients = function(*_inputs(leaves))
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            return cast("Tensor", loss)
+
+        return run
+
+    def _compiled(self, graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        devices = {each.device for each in inputs if each.device.type == "cuda"}
+        still = [each for each in graph.held if id(each) in graph.changed]
+        try:
+            function = graph.compiled(inputs)
+            with torch.random.fork_rng(devices=list(devices)), _restored(still):
+                function(*inputs)
+        except Exception as error:  # whatever a compiler may say
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(
+                f"the program is captured and not compiled: torch.compile says {reason}",
+                stacklevel=6,
+            )
+            self.mode = "captured"
+            return graph.interpreted()
+        return function
+
+    def _eager(self, method: str, structure: Any, leaves: Sequence[Any]) -> Tensor:
+        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        if method == "loss_and_grads":
+            for each in self._parameters.values():
+                each.grad = None
+        with poutine.trace(param_only=True) as traced:
+            loss = getattr(self.loss, method)(self.model, self.guide, *args, **kwargs)
+        if method == "loss_and_grads":
+            self._follow(_unique(traced.trace))
+        return torch.as_tensor(loss, dtype=torch.float64).detach()
+
+    def _follow(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let the optimiser have parameters that it has not had yet."""
+        new = {name: each for name, each in parameters.items() if id(each) not in self._parameters}
+        if not new:
+            return
+        store = dict(pyro.get_param_store().named_parameters())
+        self._stored += [name for name, each in new.items() if store.get(name) is each]
+        present = self._present()
+        self._names |= {id(each): name for name, each in new.items() if id(each) in present}
+        self._parameters |= {id(each): each for each in new.values()}
+        if self.optimizer is None:
+            self.optimizer = _optimizer(self.optim, list(new.values()))
+        else:
+            groups = self.optimizer.param_groups
+            had = {id(each) for group in groups for each in group["params"]}
+            late = [each for each in new.values() if id(each) not in had]
+            if late:
+                self.optimizer.add_param_group({"params": late})
+        if self.optimizer is not None and isinstance(self.optim, PyroOptim):
+            for each in new.values():
+                self.optim.optim_objs[each] = _Share(self.optimizer, each)
+                self.optim.grad_clip[each] = None
+
+    def _present(self) -> set[int]:
+        """Identities of all parameters that the programs' modules and the param store hold."""
+        stored = dict(pyro.get_param_store().named_parameters()).values()
+        return {
+            id(each) for each in (*stored, *(p for m in self._modules for p in m.parameters()))
+        }
+
+    def _replaced(self) -> list[int]:
+        """Identities of parameters that were stepped and are no longer there."""
+        present = self._present()
+        return [key for key in self._names if key not in present]
+
+    def _check_devices(self, leaves: Sequence[Any]) -> None:
+        places = {p.device for module in self._modules for p in module.parameters()}
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.dim() and places and leaf.device not in places:
+                raise ValueError(
+                    f"a batch on '{leaf.device}' does not fit parameters on "
+                    f"'{next(iter(places))}': move one of them by .to(device)"
+                )
+
+
+def mode_for(steps: int) -> Mode:
+    """Return the mode in which so many steps are done soonest, as a rule."""
+    if steps >= _COMPILE_PAYS and _compiler():
+        return "compiled"
+    return "captured" if steps >= _CAPTURE_PAYS else "eager"
+
+
+def _compiler() -> bool:
+    """Whether there is what `torch.compile` needs: a C++ compiler, or Triton for a GPU."""
+    if torch.cuda.is_available():
+        return importlib.util.find_spec("triton") is not None
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _reached(*programs: Any) -> Iterator[nn.Module | Tensor]:
+    """Modules and tensors of programs' owners, and in their closures and global variables."""
+    seen, queue = set[int](), list(programs)
+    while queue:
+        each = queue.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, (nn.Module, Tensor)):
+            yield each
+        elif isinstance(each, partial):
+            queue += [each.func, *each.args, *each.keywords.values()]
+        elif isinstance(each, MethodType):
+            owner = each.__self__
+            queue += [owner, each.__func__, *getattr(owner, "__dict__", {}).values()]
+        elif isinstance(each, FunctionType):
+            if inspect.unwrap(each) is not each:
+                queue.append(inspect.unwrap(each))
+            if each.__module__.partition(".")[0] not in ("pyro", "torch"):
+                queue += _named(each)
+
+
+def _named(function: FunctionType) -> Iterator[Any]:
+    """What a function names outside of itself."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # of a cell that is still empty
+            yield cell.cell_contents
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield function.__globals__[name]
+
+
+def _append_state(module: nn.Module, state: list[Any]) -> None:
+    """Append what a graph depends on in a module: cheap, since it is asked before each step."""
+    state.append(module.training)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            state += [id(parameter), parameter.requires_grad, parameter.dtype, parameter.device]
+    for buffer in module._buffers.values():
+        state.append(id(buffer))
+    for child in module._modules.values():
+        if child is not None:
+            _append_state(child, state)
+
+
+def _kind(leaf: Any) -> Any:
+    """What an argument must have in common with that of a graph."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    if isinstance(leaf, float):
+        return float
+    plain = leaf is None or isinstance(leaf, (bool, int, str))
+    return type(leaf), leaf if plain else id(leaf)
+
+
+def _inputs(leaves: Sequence[Any]) -> list[Tensor]:
+    """The arguments that are inputs of a graph, as tensors."""
+    return [
+        leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=torch.float64)
+        for leaf in leaves
+        if isinstance(leaf, (Tensor, float))
+    ]
+
+
+def _numbers(held: Sequence[Any]) -> dict[tuple[int, str], Any]:
+    """The plain attributes of some objects, as far as a run may not change them."""
+    return {
+        (index, name): value
+        for index, each in enumerate(held)
+        for name, value in getattr(each, "__dict__", {}).items()
+        if isinstance(value, (bool, int, float, str)) and name != "max_plate_nesting"
+    }
+
+
+@contextlib.contextmanager
+def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put the values of tensors back."""
+    before = [each.clone() for each in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, value in zip(tensors, before, strict=True):
+                if not torch.equal(each, value):
+                    each.copy_(value)
+
+
+@contextlib.contextmanager
+def _unassigned(held: Sequence[Any]) -> Iterator[None]:
+    """Undo and refuse that a capture assigns attributes, which would be its fake tensors."""
+    tables = [table for each in held for table in _tables(each)]
+    before = [dict(table) for table in tables]
+    yield
+    changed = list[str]()
+    for table, values in zip(tables, before, strict=True):
+        changed += [
+            name for name in {**values, **table} if table.get(name) is not values.get(name)
+        ]
+        table.clear()
+        table.update(values)
+    if changed:
+        raise NotCapturableError(f"every run assigns its attribute '{changed[0]}' anew")
+
+
+def _tables(held: Any) -> list[dict[str, Any]]:
+    """Where an object keeps its attributes."""
+    tables = [vars(held)]
+    if isinstance(held, nn.Module):
+        tables += [held._parameters, held._buffers]
+    return tables
+
+
+def _unique(trace: poutine.Trace) -> dict[str, Tensor]:
+    """The parameters of a trace by name, one of several names each."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, site in trace.nodes.items():
+        if site["type"] == "param":
+            parameter = site["value"].unconstrained()
+            found.setdefault(id(parameter), (name, parameter))
+    return dict(found.values())
+
+
+def _optimizer(optim: Any, parameters: Sequence[Tensor]) -> Optimizer | None:
+    """One torch optimiser for all parameters, fused where it can be; None where there is none."""
+    make, options = optim, dict[str, Any]()
+    if isinstance(optim, PyroOptim):
+        make, options = optim.pt_optim_constructor, optim.pt_optim_args
+        begun = optim.optim_objs or optim._state_waiting_to_be_consumed
+        if make not in _FUSED or not isinstance(options, dict) or optim.pt_clip_args or begun:
+            return None
+    elif isinstance(optim, partial) and not optim.args:
+        make, options = optim.func, optim.keywords
+    ways = {"fused", "foreach", "capturable", "differentiable"}
+    plain = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    if make in _FUSED and plain and not ways & options.keys():
+        options = {**options, "fused": True}
+    made = make(parameters, **options)
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"the optimizer must be a torch.optim.Optimizer, not {made!r}")
+    return made
+
+
+class _Share:
+    """What a fused optimiser has of one parameter, for `PyroOptim.get_state`."""
+
+    def __init__(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        self.fused, self.parameter = optimizer, parameter
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as that of an optimiser of this parameter alone."""
+        if pyro.get_param_store().param_name(self.parameter) is None:
+            raise ValueError(
+                "the state of pyro.optim goes by names in the param store, and this parameter is "
+                "not there: take svi.optimizer.state_dict()"
+            )
+        groups = self.fused.param_groups
+        group = next(g for g in groups if any(p is self.parameter for p in g["params"]))
+        return {
+            "state": {0: self.fused.state[self.parameter]},
+            "param_groups": [{**group, "params": [0]}],
+        }
