@@ -5,12 +5,14 @@ from pyro_vae.checkpoints import load, restore
 from pyro_vae.evaluation import bound
 from pyro_vae.hierarchy import HierarchicalVAE
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
+from pyro_vae.svi import CompiledSVI
 from pyro_vae.training import fit
 from pyro_vae.vae import VAE
 
 __all__ = [
     "MLP",
     "VAE",
+    "CompiledSVI",
     "ConvDecoder",
     "ConvEncoder",
     "HierarchicalVAE",

@@ -6,18 +6,21 @@ __all__ = ["data", "train"]
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pyro
 import torch
 import yaml
+from torch import Tensor
 from torch.distributions import constraints
+from torch.optim import Optimizer
 
 from pyro_vae import checkpoints
 from pyro_vae.data import SOURCES, Data, folder, load
-from pyro_vae.parts import Blueprint, Part, make
+from pyro_vae.parts import Blueprint, Part, find, make
 from pyro_vae.runs import (
     VIEWS,
     Run,
@@ -29,6 +32,7 @@ from pyro_vae.runs import (
     score,
     support,
 )
+from pyro_vae.svi import Mode, fused, mode_for
 from pyro_vae.training import fit
 from pyro_vae.vae import VAE
 
@@ -68,6 +72,7 @@ def train(
     clip: float | None = None,
     patience: int | None = None,
     seed: int = 0,
+    mode: Mode | None = None,
     device: str | None = None,
     threads: int | None = None,
     out: str | None = None,
@@ -108,6 +113,8 @@ def train(
         clip: Greatest norm of all gradients together.
         patience: Stop after so many epochs without a better bound on the validation data.
         seed: Seed of the split, the initial weights, the order and all draws.
+        mode: eager, captured (as a graph of tensor operations) or compiled (by torch.compile);
+            by default what is soonest done with so many steps.
         device: cpu, cuda or cuda:N (default: a GPU where there is one).
         threads: Threads of the processor (default: 1 where a step is too small to be shared
             out, else as many as torch takes).
@@ -144,6 +151,8 @@ def train(
     vae.to(place)
     run = Path(settings.pop("out") or _free(dataset.name))
     settings["threads"] = _default_threads(vae, batch_size) if threads is None else threads
+    if mode is None:  # one mode for one run, and for those that repeat it
+        settings["mode"] = mode_for(epochs * math.ceil(len(dataset.train) / batch_size))
     with _threads(settings["threads"]), _begun(run, settings, blueprint):
         print(f"{_summary(dataset)}, binarisation: {settings['binarisation']}")
         print(_described(vae, blueprint))
@@ -156,7 +165,7 @@ def train(
             vae,
             dataset,
             objective=aim,
-            optimizer=lambda parameters: make(optimizer, "optimizer", params=parameters, lr=lr),
+            optimizer=partial(_optimizer, optimizer, lr),
             schedule=None
             if schedule is None
             else lambda optim: make(schedule, "schedule", optimizer=optim),
@@ -166,6 +175,7 @@ def train(
             clip=math.inf if clip is None else clip,
             patience=patience,
             seed=seed,
+            mode=settings["mode"],
             run=run,
         )
     shown = (dataset.test if len(dataset.test) else dataset.train).to(place)
@@ -212,6 +222,13 @@ def _begun(run: Path, settings: Mapping[str, Any], blueprint: Blueprint) -> Iter
             with contextlib.suppress(OSError):  # of a folder that another run uses meanwhile
                 for path in created:
                     path.rmdir()
+
+
+def _optimizer(part: Part, lr: float, parameters: Iterable[Tensor]) -> Optimizer:
+    parameters = list(parameters)
+    options = fused(find(part.name, "optimizer"), part.options, parameters)
+    made: Optimizer = make(Part(part.name, options), "optimizer", params=parameters, lr=lr)
+    return made
 
 
 def _dumped(settings: Mapping[str, Any]) -> bytes:

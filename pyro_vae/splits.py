@@ -45,8 +45,9 @@ def dynamic(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
     The protocol of Burda et al. (2016), Importance Weighted Autoencoders, section 5.1.
     """
-    drawn = torch.bernoulli(values.nan_to_num(0.0), generator=generator)
-    return drawn.where(~values.isnan(), values)
+    # Several times faster than torch.bernoulli, and as exact as numbers of 24 bits are.
+    noise = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
+    return (noise < values).to(values.dtype).where(~values.isnan(), values)
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,14 @@ class Split:
         mean = total / count
         return mean.where(count > 0, total.sum() / count.sum()).float().to(self.x.device)
 
+    def scored(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Return rows of x, given as they are stored, as what is scored."""
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        return self.view(x.to(dtype) / self.top, generator)
+
     def batch(self, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """Return all rows as one batch ``(x, *context)`` of scored values."""
-        dtype = self.x.dtype if self.x.is_floating_point() else torch.get_default_dtype()
-        return self.view(self.x.to(dtype) / self.top, generator), *self.context
+        return self.scored(self.x, generator), *self.context
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, *, shuffle: bool = False
@@ -123,11 +128,20 @@ class Split:
                 torch's own by default.
             shuffle: Whether to draw a new order.
         """
+        for x, *context in self.stored(size, generator, shuffle=shuffle):
+            yield self.scored(x, generator), *context
+
+    def stored(
+        self, size: int, generator: torch.Generator | None = None, *, shuffle: bool = False
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Cut the split as `batches` does, with x as it is stored."""
         device = self.x.device
         order = torch.randperm(len(self), generator=generator, device=device) if shuffle else None
         for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            yield self[rows if order is None else order[rows]].batch(generator)
+            rows: Any = slice(start, start + size)
+            if order is not None:
+                rows = order[rows]
+            yield self.x[rows], *(c[rows] for c in self.context)
 
 
 @dataclass(frozen=True)

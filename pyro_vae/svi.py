@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MODES", "CompiledSVI", "Mode", "mode_for"]
+__all__ = ["MODES", "CompiledSVI", "Mode", "fused", "mode_for", "optimizer_of"]
 
 import contextlib
 import copy
@@ -498,23 +498,42 @@ def _unique(trace: poutine.Trace) -> dict[str, Tensor]:
 
 
 def _optimizer(optim: Any, parameters: Sequence[Tensor]) -> Optimizer | None:
-    """One torch optimiser for all parameters, fused where it can be; None where there is none."""
-    make, options = optim, dict[str, Any]()
+    """One torch optimiser for all parameters; None where Pyro's is to be called as it is."""
     if isinstance(optim, PyroOptim):
         make, options = optim.pt_optim_constructor, optim.pt_optim_args
         begun = optim.optim_objs or optim._state_waiting_to_be_consumed
         if make not in _FUSED or not isinstance(options, dict) or optim.pt_clip_args or begun:
             return None
-    elif isinstance(optim, partial) and not optim.args:
-        make, options = optim.func, optim.keywords
-    ways = {"fused", "foreach", "capturable", "differentiable"}
-    plain = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    if make in _FUSED and plain and not ways & options.keys():
-        options = {**options, "fused": True}
-    made = make(parameters, **options)
+        optim = partial(make, **options)
+    return optimizer_of(optim, parameters)
+
+
+def optimizer_of(make: Callable[..., Optimizer], parameters: Iterable[Tensor]) -> Optimizer:
+    """Make a torch optimiser, fused where it can be.
+
+    Args:
+        make: From parameters to the optimiser.
+        parameters: What it is to step.
+
+    Raises:
+        TypeError: It makes something else.
+    """
+    parameters = list(parameters)
+    if isinstance(make, partial) and not make.args:
+        make = partial(make.func, **fused(make.func, make.keywords, parameters))
+    made = make(parameters)
     if not isinstance(made, Optimizer):
         raise TypeError(f"the optimizer must be a torch.optim.Optimizer, not {made!r}")
     return made
+
+
+def fused(make: Any, options: Mapping[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:
+    """Return options of a torch optimiser, fused where it can be and they do not say how."""
+    said = any(options.get(way) for way in ("foreach", "capturable", "differentiable"))
+    plain = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    if make in _FUSED and plain and not said and options.get("fused") is None:
+        return {**options, "fused": True}
+    return dict(options)
 
 
 class _Share:

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from pyro_vae.evaluation import bound
 from pyro_vae.objectives import BetaELBO
 from pyro_vae.pairs import check_objective, check_pair, validation
 from pyro_vae.splits import Data, Split
+from pyro_vae.svi import CompiledSVI, Mode, mode_for, optimizer_of
 
 Metrics = dict[str, float]
 ADAM = partial(torch.optim.Adam, lr=1e-3)
@@ -48,6 +49,7 @@ def fit(
     clip: float = math.inf,
     patience: int | None = None,
     seed: int = 0,
+    mode: Mode | None = None,
     run: str | Path | None = None,
     progress: bool = True,
 ) -> list[Metrics]:
@@ -56,7 +58,8 @@ def fit(
     Each step ascends the objective summed over its batch, so clipping and the step sizes of
     plain SGD depend on the batch size. After the last epoch the pair has its best weights
     by the bound on the validation split, or its last ones where that split is empty, and is
-    in evaluation mode. Without warm-up the steps are those of `pyro.infer.SVI`.
+    in evaluation mode. Without warm-up the steps are those of `pyro.infer.SVI`. Data stay as they
+    are stored, and are scaled and binarised as a part of the step.
 
     Every row of the metrics has ``epoch``, ``samples`` (training data seen), ``loss`` (what
     was optimised, per datum), ``weight`` (of the KL in the warm-up, the epoch's mean; while
@@ -77,7 +80,9 @@ def fit(
         clip: Greatest Euclidean norm of all gradients together.
         patience: Stop after so many epochs, counted from the end of the warm-up, without a
             better bound on the validation split.
-        seed: Seed of the order and the binarisation; z is drawn from torch's own generator.
+        seed: Seed of the order; z and the binarisation are drawn from torch's own generator.
+        mode: How the programs run, as for `CompiledSVI`; by default what is soonest done with so
+            many steps, which is eager for few hundreds and compiled from ten thousand on.
         run: Folder to write metrics and weights to, which `pyro_vae.restore` reads.
         progress: Whether to show a bar.
 
@@ -86,7 +91,7 @@ def fit(
         ValueError: Settings or data that do not fit, found before the first step.
         FileExistsError: The folder holds another run.
         FloatingPointError: The loss or a gradient is NaN or infinite. The weights are those
-            before that step.
+            before that step; on a GPU, which is asked once an epoch, those before that epoch.
 
     Example:
         >>> from pyro_vae import data
@@ -104,8 +109,9 @@ def fit(
     parameters = [each for each in pair.parameters() if each.requires_grad]
     if not parameters:
         raise ValueError("there is nothing to train: every parameter is frozen")
-    data = data.map(lambda part: part.to(parameters[0].device))
-    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    device = parameters[0].device
+    data = data.map(lambda part: part.to(device))
+    generator = torch.Generator(device).manual_seed(seed)
     for part in data.splits[:2]:
         for batch in _fixed(part):
             check_pair(pair, *batch)
@@ -113,33 +119,39 @@ def fit(
     check_objective(objective, pair, *next(_fixed(data.train[:2])))
 
     annealed = BetaELBO(elbo=objective)
-    optim = optimizer(parameters)
+    annealed.weight = annealed.weight.to(device)
+    optim = optimizer_of(optimizer, parameters)
     scheduler = schedule(optim) if schedule else None
     budget = epochs * math.ceil(len(data.train) / batch_size)
+    svi = CompiledSVI(
+        pair.model,
+        pair.guide,
+        lambda _: optim,
+        _Stored(annealed if warmup else objective, data.train),
+        mode=mode or mode_for(budget),
+    )
     step, rows, best = 0, list[Metrics](), _Best(pair, run)
     with _bar(epochs * len(data.train), progress) as bar, _log(run) as log, best, _quiet():
         for epoch in range(1, epochs + 1):
             pair.train()
-            total, weights, began = 0.0, 0.0, time.perf_counter()
-            for batch in data.train.batches(batch_size, generator, shuffle=True):
-                # Once warm, the objective is stepped as it is given, without a weight of 1.
-                warm = step >= warmup * budget
-                weight = 1.0 if warm else step / (warmup * budget)
+            weights, began = 0.0, time.perf_counter()
+            watch = _Watch(parameters, waits=device.type != "cpu")
+            for x, *context in data.train.stored(batch_size, generator, shuffle=True):
+                weight = min(step / (warmup * budget), 1.0) if warmup else 1.0
                 annealed.weight.fill_(weight)
-                optim.zero_grad()
-                loss = (objective if warm else annealed).loss_and_grads(
-                    pair.model, pair.guide, *batch
-                )
-                norm = nn.utils.clip_grad_norm_(parameters, clip)
-                if not (math.isfinite(loss) and norm.isfinite()):
+                loss = svi.loss_and_grads(x, *context)
+                if not watch.passes(loss, _clipped(parameters, clip)):
+                    batch = data.train.scored(x), *context
                     raise FloatingPointError(_diagnosis(pair, batch, epoch, step + 1))
                 optim.step()
-                step, total, weights = step + 1, total + loss, weights + weight * len(batch[0])
-                bar.update(len(batch[0]))
+                step, weights = step + 1, weights + weight * len(x)
+                bar.update(len(x))
+            if not watch.passed():
+                raise FloatingPointError(_diagnosis(pair, data.train[:batch_size].batch(), epoch))
             row: Metrics = {
                 "epoch": epoch,
                 "samples": epoch * len(data.train),
-                "loss": total / len(data.train),
+                "loss": float(watch.total) / len(data.train),
                 "weight": weights / len(data.train),
                 "learning_rate": optim.param_groups[0]["lr"],
                 "images_per_second": len(data.train) / (time.perf_counter() - began),
@@ -159,6 +171,63 @@ def fit(
                 break
     pair.eval()
     return rows
+
+
+class _Stored(ELBO):
+    """An objective of data as they are stored, which it turns into what is scored."""
+
+    def __init__(self, elbo: ELBO, split: Split) -> None:
+        super().__init__(max_plate_nesting=elbo.max_plate_nesting)
+        self.elbo, self.scored = elbo, split[:0].scored
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        x, *context = args
+        return self.elbo._get_trace(model, guide, (self.scored(x), *context), kwargs)
+
+    def loss(self, model: Any, guide: Any, x: Tensor, *context: Tensor) -> Any:
+        return self.elbo.loss(model, guide, self.scored(x), *context)
+
+    def loss_and_grads(self, model: Any, guide: Any, x: Tensor, *context: Tensor) -> Any:
+        return self.elbo.loss_and_grads(model, guide, self.scored(x), *context)
+
+
+class _Watch:
+    """The losses of an epoch, and whether they and the gradients were finite.
+
+    A device that works behind the program's back is not asked until the epoch is over; then
+    the parameters go back to where they were before it.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, waits: bool) -> None:
+        self.parameters = parameters
+        self.before = [each.detach().clone() for each in parameters] if waits else None
+        self.total: Any = 0.0
+        self.finite: Any = True
+
+    def passes(self, loss: Tensor, norm: Tensor) -> bool:
+        """Add a loss; whether to go on."""
+        self.total = self.total + loss
+        finite = loss.isfinite() & norm.isfinite()
+        if self.before is None:
+            return bool(finite)
+        self.finite = finite & self.finite
+        return True
+
+    def passed(self) -> bool:
+        """Whether all was finite; puts the parameters back where it was not."""
+        if self.finite:
+            return True
+        with torch.no_grad():
+            for each, value in zip(self.parameters, self.before or (), strict=True):
+                each.copy_(value)
+        return False
+
+
+def _clipped(parameters: Sequence[Tensor], clip: float) -> Tensor:
+    """Clip all gradients together, and return the norm that they had."""
+    if clip < math.inf:
+        return nn.utils.clip_grad_norm_(parameters, clip)
+    return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
 
 
 class _Best:
@@ -230,7 +299,7 @@ def _fixed(part: Split) -> Iterator[tuple[Tensor, ...]]:
     return part.batches(8192, torch.Generator(part.x.device).manual_seed(0))
 
 
-def _diagnosis(pair: Any, batch: tuple[Tensor, ...], epoch: int, step: int) -> str:
+def _diagnosis(pair: Any, batch: tuple[Tensor, ...], epoch: int, step: int | None = None) -> str:
     """One sentence on where a non-finite loss or gradient comes from."""
     with torch.no_grad():
         guide = poutine.trace(pair.guide).get_trace(*batch)
@@ -244,10 +313,10 @@ def _diagnosis(pair: Any, batch: tuple[Tensor, ...], epoch: int, step: int) -> s
         for name, site in trace.nodes.items():
             if site["type"] == "sample" and not site["log_prob"].isfinite().all():
                 culprit = f"the log-density of site '{name}' in the {program}"
+    place = f"epoch {epoch}" if step is None else f"epoch {epoch}, step {step}"
     return (
-        f"the loss or a gradient is NaN or infinite in epoch {epoch}, step {step}, first in "
-        f"{culprit}; a smaller learning rate, clipping, warm-up or a larger floor of the scales "
-        f"usually helps"
+        f"the loss or a gradient is NaN or infinite in {place}, first in {culprit}; a smaller "
+        f"learning rate, clipping, warm-up or a larger floor of the scales usually helps"
     )
 
 

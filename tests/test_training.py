@@ -61,8 +61,8 @@ def test_the_kl_is_warmed_up_from_zero_to_one(monkeypatch):
 
     monkeypatch.setattr(BetaELBO, "loss_and_grads", spied)
     rows = quiet(linear_vae(4, 2), normal_data(), epochs=10, batch_size=10, warmup=0.4)
-    # 30 rows in batches of 10, 10 epochs: 30 steps, of which 12 are weighted.
-    assert weights == pytest.approx([step / 12 for step in range(12)])
+    # 30 rows in batches of 10, 10 epochs: a rehearsal and 30 steps, of which 12 warm up.
+    assert weights[1:] == pytest.approx([min(step / 12, 1) for step in range(30)])
     assert [row["weight"] for row in rows] == pytest.approx(
         [1 / 12, 4 / 12, 7 / 12, 10 / 12] + [1] * 6
     )
@@ -166,7 +166,7 @@ class Bomb(nn.Module):
 
 def test_a_nan_names_its_place_and_keeps_the_weights_before(tmp_path):
     vae = linear_vae(4, 2)
-    vae.likelihood.network.hidden = Bomb(9 + 7)  # nine runs before the first step
+    vae.likelihood.network.hidden = Bomb(10 + 7)  # ten runs before the first step
     with pytest.raises(FloatingPointError, match=r"epoch 3, step 8.* site 'x' in the model"):
         quiet(vae, normal_data(), epochs=5, batch_size=10, run=tmp_path)
     assert all(parameter.isfinite().all() for parameter in vae.parameters())
