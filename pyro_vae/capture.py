@@ -9,20 +9,24 @@ from __future__ import annotations
 
 __all__ = ["Graph", "NotCapturableError", "capture"]
 
+import contextlib
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyro.util
 import torch
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from torch import Tensor, fx
 from torch._decomp import get_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from pyro_vae.pairs import validation
@@ -100,7 +104,7 @@ def capture(
 
     trace = make_fx(traced, tracing_mode="fake", _allow_non_fake_inputs=True)
     try:
-        with validation(False):
+        with validation(False), _marking():
             module: fx.GraphModule = trace(*inputs)
     except Exception as error:  # whatever tracer or program meets; eagerly the program runs
         raise NotCapturableError(_located(error)) from error
@@ -120,17 +124,24 @@ class _Recording(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
+        if ProvenanceTensor in types:
+            origins = get_provenance([args, kwargs])
+            args, kwargs = detach_provenance([args, kwargs])
+            result = self.__torch_function__(function, (), args, kwargs)
+            if function is Tensor.item:
+                return result
+            return tree_map_only(Tensor, lambda each: _marked(each, origins), result)
         if function is Tensor.item and args[0].is_floating_point():
             return args[0].detach().double()  # as a Python number would be
         if function is Tensor.backward:
-            gradient = [*args[1:2], (kwargs or {}).get("gradient")][0]
-            self.roots.append((args[0], gradient))
+            self.roots.append((args[0], [*args[1:2], kwargs.get("gradient")][0]))
             return None
         if function in (Tensor.__bool__, Tensor.register_hook) and _warns(sys._getframe(1)):
             return False
         if function is Tensor.register_hook:
             raise NotImplementedError("hooks on tensors are no part of a graph")
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of everything that was differentiated, added up as autograd would."""
@@ -153,8 +164,31 @@ class _Recording(TorchFunctionMode):
         ]
 
 
+def _marked(value: Tensor, origins: frozenset[str]) -> Any:
+    """A tensor with the names of the sites that it comes from, as TraceGraph_ELBO needs them."""
+    if not origins:
+        return value
+    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        marked = torch.empty(0).as_subclass(ProvenanceTensor)
+    marked._t, marked._provenance = value, origins
+    return marked
+
+
+@contextlib.contextmanager
+def _marking() -> Iterator[None]:
+    """Let Pyro mark fake tensors, whose class cannot be another's too."""
+    before = ProvenanceTensor.__new__
+    ProvenanceTensor.__new__ = lambda cls, value, origins=frozenset(): _marked(value, origins)
+    try:
+        yield
+    finally:
+        ProvenanceTensor.__new__ = before
+
+
 def _warns(frame: Any) -> bool:
     """Whether Pyro looks for a NaN, to warn of it and for nothing else."""
+    while frame.f_code.co_filename == __file__:
+        frame = frame.f_back
     inside = frame.f_code.co_filename == pyro.util.__file__
     return inside and frame.f_code.co_name.startswith(("warn_if_", "torch_is"))
 

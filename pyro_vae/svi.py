@@ -318,6 +318,8 @@ class CompiledSVI:
 
     def _follow(self, parameters: Mapping[str, Tensor]) -> None:
         """Let the optimiser have parameters that it has not had yet."""
+        if not parameters and not self._parameters:
+            raise ValueError("there is nothing to train: the programs have no parameters")
         new = {name: each for name, each in parameters.items() if id(each) not in self._parameters}
         if not new:
             return
@@ -470,13 +472,16 @@ def _unassigned(held: Sequence[Any]) -> Iterator[None]:
     yield
     changed = list[str]()
     for table, values in zip(tables, before, strict=True):
-        changed += [
-            name for name in {**values, **table} if table.get(name) is not values.get(name)
-        ]
+        new = {name: value for name, value in table.items() if value is not values.get(name)}
+        changed += [name for name, value in new.items() if pytree.tree_any(_is_tensor, value)]
         table.clear()
         table.update(values)
     if changed:
         raise NotCapturableError(f"every run assigns its attribute '{changed[0]}' anew")
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _tables(held: Any) -> list[dict[str, Any]]:
