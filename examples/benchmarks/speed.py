@@ -34,6 +34,7 @@ from contenders import CONTENDERS, SIZES
 
 FOLDER = Path(__file__).parent
 OURS = "pyro_vae"
+MARKS = "<!-- speed.py writes from here -->", "<!-- to here -->"
 PACKAGES = ["torch", "pyro-ppl", "jax", "numpyro", "pythae", "torchvision", "numpy"]
 ROWS = 60_000  # images of an epoch, to which a part is scaled
 WARMUP = 200  # steps before anything is timed
@@ -123,54 +124,60 @@ def environment(threads, cache, *, pinned):
 
 def start(name, size, options):
     """Start a contender cold, then warm, and return the warm one with its times; or None."""
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            cold = warm = Process(name, size, options, cache)
-            if not options.small:
-                cold.end()
-                warm = Process(name, size, options, cache)
-        except ModuleNotFoundError as error:
-            say(f"{name} is left out ({error}); pip install '.[bench]'")
-            return None
-        # What compiled in the first process may be read until the last: one copy is enough.
-        warm.times = {"cold": cold.times, "warm": warm.times}
+    once = options.small or options.linear  # where start-up is not the question
+    cache = options.scratch if once else tempfile.mkdtemp(dir=options.scratch)
+    try:
+        cold = warm = Process(name, size, options, cache)
+        if not once:
+            cold.end()
+            warm = Process(name, size, options, cache)
+    except ModuleNotFoundError as error:
+        say(f"{name} is left out ({error}); pip install '.[bench]'")
+        return None
+    warm.times = {"cold": cold.times, "warm": warm.times}
     return warm
 
 
 def measure(cases, options):
     """One row of figures for each case, a label, a contender's name and a size, in turn."""
-    begun = [(label, start(name, size, options)) for label, name, size in cases]
-    processes = {label: process for label, process in begun if process}
-    rows = {
-        label: {
-            "contender": process.name,
-            "batch": process.size.batch,
-            "particles": process.size.particles,
-            "rows": process.size.rows,
-            "start": process.times,
-            "steps": [],
-            "epochs": [],
-        }
-        for label, process in processes.items()
-    }
-    counts = {}
-    for label, process in processes.items():
-        rows[label]["loss"] = process("trained", options.warmup)
-        once = process("timed", 10) / 10
-        counts[label] = max(round(options.seconds / once), 10)
-    for _ in range(options.rounds):
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for label, name, size in cases:
+            process = start(name, size, options)
+            if process:
+                stack.callback(process.end)
+                processes[label] = process
+        rows = {label: begin(process, options) for label, process in processes.items()}
+        for _ in range(options.rounds):
+            for label, process in processes.items():
+                count = rows[label]["count"]
+                rows[label]["steps"].append(1e3 * process("timed", count) / count)
+        # The first pass is not counted: it meets the smaller last batch.
+        for index in range(options.epochs + 1 if options.epochs else 0):
+            for label, process in processes.items():
+                seconds = process("epoch")
+                if index and seconds is not None:
+                    rows[label]["epochs"].append(seconds)
         for label, process in processes.items():
-            seconds = process("timed", counts[label])
-            rows[label]["steps"].append(1e3 * seconds / counts[label])
-    for index in range(options.epochs + 1 if options.epochs else 0):
-        for label, process in processes.items():
-            seconds = None if process.name == "floor" else process("epoch")
-            if index and seconds is not None:  # the first pass meets the smaller last batch
-                rows[label]["epochs"].append(seconds)
-    for label, process in processes.items():
-        rows[label]["memory"] = process("memory")
-        process.end()
+            rows[label]["memory"] = process("memory")
     return rows
+
+
+def begin(process, options):
+    """The row of a process that has taken its first steps, without figures so far."""
+    loss = process("trained", options.warmup)
+    once = process("timed", 10) / 10
+    return {
+        "contender": process.name,
+        "batch": process.size.batch,
+        "particles": process.size.particles,
+        "rows": process.size.rows,
+        "start": process.times,
+        "loss": loss,
+        "count": max(round(options.seconds / once), 10),
+        "steps": [],
+        "epochs": [],
+    }
 
 
 def value(row, measure):
@@ -326,6 +333,15 @@ def report(results):
     return "\n\n".join(part for part in parts if part)
 
 
+def write(results, page):
+    """Put the report between its two marks on a page."""
+    first, last = MARKS
+    before, rest = page.read_text().split(first)
+    _, after = rest.split(last)
+    chart = "![Milliseconds per step of every contender](results/speed.png)"
+    page.write_text(f"{before}{first}\n\n{report(results)}\n\n{chart}\n\n{last}{after}")
+
+
 def draw(results):
     """Bars of the milliseconds of a step, a panel for each size."""
     from matplotlib.figure import Figure
@@ -378,6 +394,7 @@ def prepare(options):
         data.load("mnist", directory=options.data_dir)  # fetched and unpacked where need be
         options.data_dir = str(options.data_dir or data.folder())
         return
+    options.data_dir = str(Path(options.scratch, "data"))
     imitation(Path(options.data_dir))
     options.rounds, options.epochs, options.seconds, options.warmup = 1, 1, 0.01, 20
     options.threads = 1  # threads that wait for a core on a busy machine would take minutes
@@ -401,6 +418,7 @@ def arguments():
     parser.add_argument("--linear", action="store_true", help="growth in draws and data instead")
     parser.add_argument("--small", action="store_true", help="random images, for a trial")
     parser.add_argument("--report", action="store_true", help="only print what --out holds")
+    parser.add_argument("--readme", action="store_true", help="write the report into README.md")
     parser.add_argument("--out", type=Path, default=FOLDER / "results")
     options = parser.parse_args()
     options.warmup, options.draws, options.parts = WARMUP, DRAWS, PARTS
@@ -409,15 +427,10 @@ def arguments():
     return options
 
 
-def main():
-    options = arguments()
-    file = options.out / ("speed.json" if options.device == "cpu" else "speed_gpu.json")
-    results = json.loads(file.read_text()) if file.exists() else {"sizes": {}}
-    if options.report:
-        print(report(results))
-        return
+def collect(options, results):
+    """Measure what the options ask for, and put it into the results."""
     with tempfile.TemporaryDirectory() as scratch:
-        options.data_dir = scratch if options.small else options.data_dir
+        options.scratch = scratch
         prepare(options)
         results |= {"machine": machine(options), "rounds": options.rounds}
         if options.linear:
@@ -427,10 +440,20 @@ def main():
             size = SIZES[name]
             cases = [(key, key, size) for key in options.contenders if CONTENDERS[key].has(size)]
             results["sizes"][name] = measure(cases, options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(results, indent=2) + "\n")
-    if results["sizes"]:
-        draw(results).savefig(file.with_suffix(".png"))
+
+
+def main():
+    options = arguments()
+    file = options.out / ("speed.json" if options.device == "cpu" else "speed_gpu.json")
+    results = json.loads(file.read_text()) if file.exists() else {"sizes": {}}
+    if not options.report:
+        collect(options, results)
+        options.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=2) + "\n")
+        if results["sizes"]:
+            draw(results).savefig(file.with_suffix(".png"))
+    if options.readme:
+        write(results, FOLDER / "README.md")
     print(report(results))
 
 

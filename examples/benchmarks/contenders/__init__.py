@@ -148,7 +148,7 @@ class Contender:
         raise NotImplementedError
 
     def epoch(self):
-        """Seconds of one pass."""
+        """Seconds of one pass, None where there is none to take."""
         began = time.perf_counter()
         self.one_pass()
         self.wait()

@@ -39,6 +39,9 @@ class Floor(OnTorch):
             for product in self.products:
                 product()
 
+    def epoch(self):
+        return None
+
     def trained(self, count):
         return self.steps(count)
 

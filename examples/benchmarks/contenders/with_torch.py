@@ -97,18 +97,17 @@ class TwoLayers(nn.Module):
         noise2 = torch.randn_like(mean2)
         z2 = mean2 + log_scale2.exp() * noise2
         mean1, log_scale1 = self.up(z2).chunk(2, -1)
-        z1 = mean1 + log_scale1.exp() * torch.randn_like(mean1)
+        noise1 = torch.randn_like(mean1)
+        z1 = mean1 + log_scale1.exp() * noise1
         mean_p, log_scale_p = self.down(z1).chunk(2, -1)
         reconstruction = F.binary_cross_entropy_with_logits(
             self.decoder(z2), x.flatten(1), reduction="sum"
         )
-        kl1 = 0.5 * (mean1.square() + (2 * log_scale1).exp() - 1 - 2 * log_scale1).sum()
-        # log q(z2|x) - log p(z2|z1) at the draw: the constants cancel.
+        # log q - log p at the draws, in which the constants cancel.
+        kl1 = 0.5 * (z1.square() - noise1.square()) - log_scale1
         standardised = (z2 - mean_p) * (-log_scale_p).exp()
-        kl2 = (
-            0.5 * standardised.square() + log_scale_p - 0.5 * noise2.square() - log_scale2
-        ).sum()
-        return reconstruction + kl1 + kl2
+        kl2 = 0.5 * (standardised.square() - noise2.square()) + log_scale_p - log_scale2
+        return reconstruction + kl1.sum() + kl2.sum()
 
 
 class Handwritten(OnTorch):
