@@ -10,6 +10,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Size:
@@ -177,6 +179,12 @@ class Contender:
 
     def memory(self):
         return {"host": peak_memory(), "device": self.device_memory()}
+
+
+def mnist(directory):
+    """The training images, bytes ``(60000, 28, 28)``, from their unpacked file."""
+    path = Path(directory, "MNIST", "raw", "train-images-idx3-ubyte")
+    return np.fromfile(path, np.uint8, offset=16).reshape(-1, 28, 28)
 
 
 def peak_memory():

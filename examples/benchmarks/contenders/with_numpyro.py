@@ -2,13 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import lax, random
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
 
-from contenders import Contender
+from contenders import Contender, mnist
 
 __all__ = ["NumPyro", "threads"]
 
@@ -77,7 +76,7 @@ class NumPyro(Contender):
         super().__init__(size, directory, device)
         if jax.default_backend() != {"cpu": "cpu", "cuda": "gpu"}[device]:
             raise ImportError(f"this jax runs on {jax.default_backend()}, not on {device}")
-        self.bytes = jnp.asarray(idx(self.directory)[: size.rows].reshape(-1, 784))
+        self.bytes = jnp.asarray(mnist(directory)[: size.rows].reshape(-1, 784))
         loss = RenyiELBO(0, size.particles) if size.particles > 1 else Trace_ELBO()
         self.svi = SVI(*programs(size), numpyro.optim.Adam(1e-3), loss)
         count = max(min(20, len(self.bytes) // size.batch), 1)
@@ -122,9 +121,3 @@ class NumPyro(Contender):
         if self.device == "cpu":
             return None
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-
-
-def idx(directory):
-    """The training images of MNIST ``(60000, 28, 28)`` from their unpacked file."""
-    path = directory / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    return np.fromfile(path, np.uint8, offset=16).reshape(-1, 28, 28)

@@ -50,7 +50,7 @@ class Pythae(OnTorch):
         logging.disable(logging.INFO)
         torch.manual_seed(0)
         split = images(size, directory).train
-        (x,) = split.batch()
+        x = (split.x > 127).float()
         self.pool = pool(split, size).to(device)
         nets = encoder_and_decoder(size)
         encoder, decoder = Encoder(nets[0]), Decoder(nets[1])

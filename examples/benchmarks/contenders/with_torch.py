@@ -122,7 +122,7 @@ class Handwritten(OnTorch):
         super().__init__(size, directory, device)
         torch.manual_seed(0)
         split = images(size, directory).train.to(device)
-        (self.x,) = split.batch()
+        self.x = (split.x > 127).float()
         self.pool = pool(split, size)
         family = TwoLayers if size.above else IWAE if size.particles > 1 else GaussianVAE
         model = family(size).to(device)
