@@ -82,6 +82,7 @@ class NumPyro(Contender):
         count = max(min(20, len(self.bytes) // size.batch), 1)
         ready = self.bytes[: count * size.batch] > 127
         self.pool = ready.astype(jnp.float32).reshape(count, size.batch, 784)
+        self.order = random.key(2)
         self.state = self.svi.init(random.key(1), self.pool[0])
         self.loop = jax.jit(self._loop, donate_argnums=0)
         self.whole = jax.jit(self._whole, donate_argnums=0)
@@ -111,7 +112,8 @@ class NumPyro(Contender):
         return float(total) / (count * self.size.batch)
 
     def one_pass(self):
-        self.state, total = self.whole(self.state, random.key(2), self.bytes)
+        self.order, key = random.split(self.order)
+        self.state, total = self.whole(self.state, key, self.bytes)
         return float(total)
 
     def wait(self):
