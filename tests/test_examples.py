@@ -185,7 +185,7 @@ def test_what_is_written_by_hand_is_the_same_bound(name, benchmarks):
 def test_the_report_reckons_ratios_and_lines(benchmarks):
     speed = importlib.import_module("speed")
 
-    def row(step, epoch, peak, start):
+    def row(step, epoch, peak, start):  # the machine is twice as fast, or slow, in some rounds
         return {
             "batch": 100, "rows": 30_000, "steps": [step, step / 2, 2 * step],
             "epochs": [epoch], "loss": 100.0, "memory": {"host": peak * 2**20, "device": None},

@@ -8,7 +8,8 @@ C. Each is started twice, with an empty folder for what it compiles (cold) and w
 this filled (warm); start-up is the time from the birth of the process to the end of its first
 step, imports included. A step is timed in blocks, on batches that are ready in memory, binarised
 at one half. An epoch is what the library's users do with the data, the last, smaller batch
-included where the library allows it. Reported are medians over the rounds.
+included where the library allows it. Reported are medians over the rounds, and of ratios the
+medians of those within a round, which a change of the machine's pace leaves alone.
 
 Contenders whose packages are missing are left out: ``pip install '.[bench]'``. ``--linear`` shows
 how this package's costs grow in draws and data.
@@ -191,11 +192,14 @@ def value(row, measure):
 
 
 def ratio(rows, one, other, measure):
-    """How many times the figure of `other` that of `one` is, or None."""
+    """How many times the figure of `other` that of `one` is, or None; of times, round by round."""
     if one not in rows or other not in rows:
         return None
-    figures = [value(rows[name], measure) for name in (one, other)]
-    return None if None in figures else figures[0] / figures[1]
+    if measure == "memory":
+        return value(rows[one], measure) / value(rows[other], measure)
+    pairs = zip(rows[one][f"{measure}s"], rows[other][f"{measure}s"], strict=False)
+    ratios = [first / second for first, second in pairs]
+    return statistics.median(ratios) if ratios else None
 
 
 def shown(number, digits=2):
