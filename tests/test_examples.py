@@ -1,6 +1,8 @@
 """Every example runs as a user runs it, in its own process, and does what it says."""
 
+import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from pyro.infer import TraceMeanField_ELBO
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -114,3 +118,95 @@ def test_signal_and_noise_are_measured(tmp_path):
     assert (tmp_path / "signal_to_noise.png").exists()
     rows = json.loads((tmp_path / "signal_to_noise.json").read_text())
     assert rows
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The folder of the benchmarks as a place to import from."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+
+
+def test_the_speed_benchmark_runs_for_a_moment(tmp_path):
+    trained = ["Pyro", "pytorch/examples"]
+    options = ["--small", "--sizes", "784-400-20", "--out", str(tmp_path)]
+    output = run("benchmarks/speed.py", tmp_path, *options, "--contenders", "floor", *trained)
+    rows = json.loads((tmp_path / "speed.json").read_text())["sizes"]["784-400-20"]
+    assert list(rows) == ["floor", *trained]
+    for name in trained:
+        assert len(rows[name]["epochs"]) == 1
+        # Random images are coins: nobody codes them in less than log 2 a pixel.
+        assert 784 * math.log(2) - 1 < rows[name]["loss"] < 784 * math.log(2) + 20
+    assert (tmp_path / "speed.png").exists()
+    assert run("benchmarks/speed.py", tmp_path, "--report", "--out", str(tmp_path)) == output
+
+
+# Layers of 31,360 weights and more have three products, or two where the input is data: 784-400,
+# 400-784, with two layers 400-100 too. Of the convolutions' 90,317 multiplications and more there
+# are 3136-256, 256-3136, and two convolutions, whose gradients are one call.
+@pytest.mark.parametrize(
+    ("size", "products"),
+    [("784-400-20", 5), ("784-500-20", 5), ("IWAE", 5), ("two layers", 8), ("convolutions", 10)],
+)
+def test_the_floor_is_the_large_products(size, products, benchmarks):
+    contenders = importlib.import_module("contenders")
+    floor = importlib.import_module("contenders.floor")
+    assert len(floor.Floor(contenders.SIZES[size], ".", "cpu").products) == products
+
+
+@pytest.mark.parametrize("name", ["784-400-20", "convolutions", "IWAE", "two layers"])
+def test_what_is_written_by_hand_is_the_same_bound(name, benchmarks):
+    size = importlib.import_module("contenders").SIZES[name]
+    programs = importlib.import_module("contenders.programs")
+    by_hand = importlib.import_module("contenders.with_torch")
+    families = {"IWAE": by_hand.IWAE, "two layers": by_hand.TwoLayers}
+    model, pair = families.get(name, by_hand.GaussianVAE)(size), programs.pair(size)
+    parts = {"decoder": pair.likelihood, "encoder": getattr(pair, "posterior", None)}
+    if size.above:
+        up, encoder = pair.posteriors
+        parts |= {"encoder": encoder, "up": up, "down": pair.priors[1]}
+    with torch.no_grad():
+        for half, part in parts.items():
+            theirs = list(getattr(model, half).parameters())
+            for ours, weight in zip(part.parameters(), theirs, strict=True):
+                weight.copy_(ours)
+        if not size.above and size.particles == 1:
+            for weight in list(model.encoder.parameters())[-2:]:
+                weight[size.latent :] *= 2  # log s^2 there, log s here
+        x = (torch.rand(20, 1, 28, 28) > 0.5).float()
+        bound = programs.objective(size)
+        if families.get(name) is None:
+            bound = TraceMeanField_ELBO(max_plate_nesting=1)  # its KL is in closed form, too
+        torch.manual_seed(1)
+        ours = bound.loss(pair.model, pair.guide, x)
+        torch.manual_seed(1)  # both draw their noise in one order
+        assert model(x).item() == pytest.approx(ours, rel=1e-5)
+
+
+def test_the_report_reckons_ratios_and_lines(benchmarks):
+    speed = importlib.import_module("speed")
+
+    def row(step, epoch, peak, start):  # the machine is twice as fast, or slow, in some rounds
+        return {
+            "batch": 100, "rows": 30_000, "steps": [step, step / 2, 2 * step],
+            "epochs": [epoch], "loss": 100.0, "memory": {"host": peak * 2**20, "device": None},
+            "start": {"cold": {"stepped": start}, "warm": {"stepped": start}},
+        }  # fmt: skip
+
+    rows = {"floor": row(2, 1, 1, 1), "pyro_vae": row(3, 1, 100, 9), "pythae": row(9, 4, 50, 1)}
+    rows["floor"]["epochs"] = []
+    results = {"sizes": {"784-400-20": rows}}
+    kept = dict(
+        line.strip("| ").split(" | ", 1) for line in speed.promises(results).splitlines()[2:]
+    )
+    # 600 steps of 3 ms are 1.8 s; 30,000 images in 1 s are 60,000 in 2 s.
+    assert kept == {
+        "step, to the floor": "1.50 | 1.4 | NO",
+        "epoch, to pythae": "0.25 | 0.6 | yes",
+        "epoch, to our own bare steps": "1.11 | 1.05 | NO",
+        "start-up, cold": "9.00 s | 15 s | yes",
+        "start-up, warm": "9.00 s | 5 s | NO",
+    }
+    assert "| pythae | 9.00 | 11,111 | 4.50 | 0.33 | 8.0 | 0.25 |" in speed.table(
+        "784-400-20", rows
+    )
+    assert speed.line([1, 2, 3], [5.0, 7.0, 9.0]) == pytest.approx((2, 3, 1))

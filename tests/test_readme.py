@@ -98,3 +98,11 @@ def test_the_gain_of_doubly_reparameterised_gradients_is_that_of_the_results():
     ]
     page = (folder / "README.md").read_text()
     assert f"{min(gains):.1f} to {max(gains):.1f} times as strong" in page
+
+
+def test_the_tables_of_speed_are_those_of_the_results(monkeypatch):
+    folder = ROOT / "examples" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    results = json.loads((folder / "results" / "speed.json").read_text())
+    report = importlib.import_module("speed").report(results)
+    assert report in (folder / "README.md").read_text()
