@@ -75,7 +75,7 @@ class Compiled(Eager):
     """`CompiledSVI` for steps; `fit` for an epoch, the last of two, so that start-up is not in it.
 
     Args:
-        mode: How `CompiledSVI` runs the program; `fit` chooses for itself.
+        mode: How the programs run.
     """
 
     def __init__(self, size, directory, device, *, mode):
@@ -111,6 +111,7 @@ class Compiled(Eager):
             epochs=2,
             batch_size=self.size.batch,
             warmup=0,
+            mode=self.mode,
             progress=False,
         )
         return ends[-1] - ends[-2]
