@@ -25,8 +25,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_vae.evaluation import Pair
 from pyro_vae.objectives import BetaELBO
+from pyro_vae.scoring import Pair, unvalidated
 from pyro_vae.vae import VAE, check_parts
 
 
@@ -107,17 +107,6 @@ def elementary(support: constraints.Constraint) -> constraints.Constraint:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
-
-
-@contextmanager
-def unvalidated() -> Iterator[None]:
-    """Switch off the validation of Pyro and torch for a while, and leave both as they were."""
-    before = Distribution._validate_args
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        Distribution.set_default_validate_args(before)
 
 
 def _check_programs(pair: Pair, batch: tuple[Tensor, ...], size: int) -> None:
