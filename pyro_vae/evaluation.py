@@ -16,10 +16,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_vae.importance import unscaled
-from pyro_vae.scoring import Batch, Pair, Programs, Rows, batches, unvalidated
-
-# Elements of x that are decoded at a time: as many floats as fit into a processor's cache.
-_ELEMENTS = 2**20
+from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, unvalidated
 
 
 class Bound(NamedTuple):
@@ -240,7 +237,7 @@ def log_likelihood(
     parts: list[Estimate] = []
     for batch in batches(data):
         programs = programs or Programs(pair, batch)
-        size = chunk or max(_ELEMENTS // max(batch[0][0].numel(), 1), 1)
+        size = chunk or at_a_time(batch)
         # Several data at once, since few draws of each leave the encoder little to do.
         together = max(min(size // 100, len(batch[0])), 1) if programs.vectorized else size
         for start in range(0, len(batch[0]), together):
@@ -419,6 +416,6 @@ def _scored_grid(
     """Points of a box ``(M, latent)`` and ``log p(x,z)`` at each of them."""
     unit = torch.linspace(0, 1, side, dtype=torch.float64, device=low.device)
     points = low + (high - low) * torch.cartesian_prod(*[unit] * len(low)).reshape(-1, len(low))
-    size = max(_ELEMENTS // max(batch[0].numel(), 1), 1)
+    size = at_a_time(batch)
     z = points.to(batch[0].dtype)[:, None]
     return points, torch.cat([programs.log_joint(batch, part)[:, 0] for part in z.split(size)])

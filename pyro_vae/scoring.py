@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Batch", "Pair", "Programs", "Rows", "batches", "unvalidated"]
+__all__ = ["Batch", "Pair", "Programs", "Rows", "at_a_time", "batches", "unvalidated"]
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +23,7 @@ Batch = tuple[Tensor, ...]
 Rows = Split | Tensor | Batch | Iterable[Batch]
 
 _ROWS = 1000  # of a split that become floating-point numbers at a time
+_ELEMENTS = 2**20  # of x that are decoded at a time, as many as fit into a processor's cache
 
 
 class Pair(Protocol):
@@ -55,6 +56,11 @@ def batches(data: Rows) -> Iterator[Batch]:
             yield batch
     if empty:
         raise ValueError("there are no data to evaluate")
+
+
+def at_a_time(batch: Batch) -> int:
+    """How many draws to decode at a time, for data like those of a batch."""
+    return max(_ELEMENTS // max(batch[0][0].numel(), 1), 1)
 
 
 class Programs:
@@ -166,15 +172,17 @@ class Programs:
 
     def log_joint(self, batch: Batch, z: Tensor) -> Tensor:
         """``log p(x,z)`` ``(K, N)`` at latents ``(K, N, latent)``."""
-        return self._at(self.pair.model, batch, z)
+        latent, observed = self.log_parts(batch, z)
+        return latent + observed
+
+    def log_parts(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``log p(z)`` and ``log p(x|z)``, each ``(K, N)``, at latents ``(K, N, latent)``."""
+        latent, observed = self._at(self.pair.model, batch, z)
+        return latent, observed
 
     def log_guide(self, batch: Batch, z: Tensor) -> Tensor:
         """``log q(z|x)`` ``(K, N)`` at latents ``(K, N, latent)``."""
-        return self._at(self.pair.guide, batch, z)
-
-    def log_prior(self, batch: Batch, z: Tensor) -> Tensor:
-        """``log p(z)`` ``(K, N)`` at latents ``(K, N, latent)``."""
-        return self._at(self.pair.model, batch, z, observed=False)
+        return self._at(self.pair.guide, batch, z).sum(0)
 
     def simulate(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Data of the model with the context of a batch, and their latents ``(1, N, latent)``."""
@@ -213,13 +221,11 @@ class Programs:
             raise ValueError(f"{what} needs latents, and the model has none")
         return sum(site["fn"].event_shape.numel() for site in self.sites.values())
 
-    def _at(
-        self, program: Callable[..., Any], batch: Batch, z: Tensor, *, observed: bool = True
-    ) -> Tensor:
+    def _at(self, program: Callable[..., Any], batch: Batch, z: Tensor) -> Tensor:
+        """Log-densities ``(2, K, N)`` of latents and of what is observed."""
         count = len(z)
         if not self.vectorized and count > 1:
-            parts = [self._at(program, batch, one, observed=observed) for one in z.split(1)]
-            return torch.cat(parts)
+            return torch.cat([self._at(program, batch, one) for one in z.split(1)], 1)
         given, start = Trace(), 0
         for name, site in self.sites.items():
             shape = site["fn"].event_shape
@@ -227,7 +233,7 @@ class Programs:
             start += shape.numel()
             given.add_node(name, **{**site, "value": value[0] if count == 1 else value})
         trace = self._scored(program, batch, count, given)
-        return self._sum(trace, batch, count, observed=observed)
+        return self._halves(trace, batch, count)
 
     def _flat(self, values: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
         parts = []
@@ -251,13 +257,19 @@ class Programs:
         trace.compute_log_prob()
         return trace
 
-    def _sum(self, trace: Trace, batch: Batch, count: int, *, observed: bool = True) -> Tensor:
+    def _sum(self, trace: Trace, batch: Batch, count: int) -> Tensor:
         """The log-densities of all sites of each datum ``(count, N)``, in double precision."""
-        total = batch[0].new_zeros(count, len(batch[0]), dtype=torch.float64)
+        return self._halves(trace, batch, count).sum(0)
+
+    def _halves(self, trace: Trace, batch: Batch, count: int) -> Tensor:
+        """The sums ``(2, count, N)`` over latents and over what is observed."""
+        shape = count, len(batch[0])
+        halves = [batch[0].new_zeros(shape, dtype=torch.float64) for _ in range(2)]
         for site in _samples(trace):
-            if data_dim(site) is not None and (observed or not site["is_observed"]):
-                total = total + each_datum(unscaled(site), self._rank, count)
-        return total
+            if data_dim(site) is not None:
+                half = int(site["is_observed"])
+                halves[half] = halves[half] + each_datum(unscaled(site), self._rank, count)
+        return torch.stack(halves)
 
 
 def _samples(trace: Trace) -> list[dict[str, Any]]:

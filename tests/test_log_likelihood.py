@@ -95,8 +95,8 @@ def test_scikit_learns_models_are_recovered_with_an_inexact_posterior(fit, pixel
 @pytest.mark.parametrize("latent", [1, 2, 3])
 def test_quadrature_is_exact(latent, pixels):
     pair, truth = pca_pair(pixels, latent)
-    integral = quadrature(pair, pixels[:5])
-    assert torch.allclose(integral.log_likelihood, truth[:5], atol=1e-3)
+    integral = quadrature(pair, pixels[:2])
+    assert torch.allclose(integral.log_likelihood, truth[:2], atol=1e-3)
     assert (integral.error < 1e-3).all()
 
 
@@ -192,7 +192,7 @@ def test_exactly_the_draws_asked_for_whatever_the_chunk(chunk, pixels):
     tried, counted.decoded = counted.decoded, 0
     estimate = log_likelihood(counted, x, samples=23, chunk=chunk)
     assert counted.decoded == 13 * 23 + tried
-    agrees(log_likelihood(pair, x, samples=3000, chunk=chunk * 10), truth[:13])
+    agrees(log_likelihood(pair, x, samples=1000, chunk=chunk * 50), truth[:13])
     assert (estimate.effective_sample_size <= 23).all()
 
 
@@ -268,15 +268,13 @@ def test_networks_that_reject_particles_take_them_one_by_one(wrap):
     vae.likelihood.network = wrap(vae.likelihood.network)
     vae.eval()
     assert not Programs(vae, (x,)).vectorized
-    integral = quadrature(vae, x[:1], tolerance=0.1) if wrap is not Rigid else None
-    estimate = log_likelihood(vae, x, samples=2000)
-    w = torch.cat([Programs(vae, (x,)).weights((x,), 1) for _ in range(2000)]).detach()
-    other = w.logsumexp(0) - math.log(2000)
+    estimate = log_likelihood(vae, x, samples=300)
+    programs = Programs(vae, (x,))
+    with torch.no_grad():
+        w = torch.cat([programs.weights((x,), 1) for _ in range(300)])
+    other = w.logsumexp(0) - math.log(300)
     error = (2 * estimate.monte_carlo_error**2).sqrt()
     assert ((other - estimate.log_likelihood).abs() < 4.5 * error).all()
-    if integral is not None:
-        gap = (integral.log_likelihood - estimate.log_likelihood[:1]).abs()
-        assert (gap < 4.5 * estimate.monte_carlo_error[:1] + 1e-3).all()
 
 
 class Global(Exact):
