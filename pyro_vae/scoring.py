@@ -78,6 +78,7 @@ class Programs:
         sites: The latents of each datum by name, as the model has them on the batch.
         observed: The observed site of each datum.
         vectorized: Whether particles are scored together.
+        probe: The first data of the batch.
         shared: ``log p - log q`` of the latents outside the plate, and the log-density of
             what is observed there.
 
@@ -88,7 +89,7 @@ class Programs:
     def __init__(self, pair: Pair, batch: Batch) -> None:
         self.pair = pair
         self._rank, self._shared = 9, Trace()  # more than plates nest, until that is known
-        rows = tuple(tensor[:3] for tensor in batch)
+        self.probe = rows = tuple(tensor[:3] for tensor in batch)
         with torch.no_grad():
             with _worded("guide", rows):
                 guided = self._scored(pair.guide, rows, 1)
@@ -198,20 +199,39 @@ class Programs:
         z = self._flat({name: trace.nodes[name]["value"] for name in self.sites}, batch, 1)
         return (x, *batch[1:]), z
 
-    def need_real(self, what: str) -> int:
+    def predict(self, batch: Batch, z: Tensor) -> Tensor:
+        """Draws ``x ~ p(x|z)``, ``(N, *shape)``, at latents ``(1, N, latent)``."""
+        program = poutine.uncondition(self.pair.model)
+        trace = self._trace(program, batch, 1, self._given(z))
+        x: Tensor = trace.nodes[self.observed["name"]]["value"]
+        return x
+
+    def laws(self, batch: Batch) -> list[tuple[Any, Any]]:
+        """The distributions of each latent site of the data, in the model and in the guide."""
+        guided = self._trace(self.pair.guide, batch, 1)
+        modelled = self._trace(self.pair.model, batch, 1, guided)
+        return [(modelled.nodes[name]["fn"], guided.nodes[name]["fn"]) for name in self.sites]
+
+    def split(self, z: Tensor) -> dict[str, Tensor]:
+        """Latents ``(K, N, latent)`` by the names of their sites, ``(K, N, *shape)`` each."""
+        values, start = dict[str, Tensor](), 0
+        for name, site in self.sites.items():
+            shape = site["fn"].event_shape
+            value = z[..., start : start + shape.numel()]
+            values[name] = value.reshape(*z.shape[:-1], *shape).to(site["value"].dtype)
+            start += shape.numel()
+        return values
+
+    def need_vectors(self, what: str) -> int:
         """Return the number of latents of each datum.
 
         Raises:
-            ValueError: There are none, or they are not real vectors, or some are shared by all
+            ValueError: There are none, or they lie in further plates, or some are shared by all
                 data, which `what` cannot do with.
         """
         advice = "use log_likelihood, which needs draws only"
         for name, site in self.sites.items():
-            if not _unbounded(site["fn"].support):
-                kind = "discrete" if site["fn"].support.is_discrete else "constrained"
-                raise ValueError(f"{what} needs real latents, and '{name}' is {kind}: {advice}")
-            inner = [f for f in site["cond_indep_stack"] if f.vectorized]
-            if len(inner) > 1:
+            if len([f for f in site["cond_indep_stack"] if f.vectorized]) > 1:
                 raise ValueError(f"{what} needs latents in one plate, '{name}' has more: {advice}")
         if names := list(self._shared.nodes):
             raise ValueError(
@@ -221,19 +241,36 @@ class Programs:
             raise ValueError(f"{what} needs latents, and the model has none")
         return sum(site["fn"].event_shape.numel() for site in self.sites.values())
 
+    def need_real(self, what: str) -> int:
+        """As `need_vectors`, of real latents only.
+
+        Raises:
+            ValueError: As there, or some are discrete or constrained.
+        """
+        for name, site in self.sites.items():
+            if not _unbounded(site["fn"].support):
+                kind = "discrete" if site["fn"].support.is_discrete else "constrained"
+                raise ValueError(
+                    f"{what} needs real latents, and '{name}' is {kind}: use log_likelihood, "
+                    f"which needs draws only"
+                )
+        return self.need_vectors(what)
+
     def _at(self, program: Callable[..., Any], batch: Batch, z: Tensor) -> Tensor:
         """Log-densities ``(2, K, N)`` of latents and of what is observed."""
         count = len(z)
         if not self.vectorized and count > 1:
             return torch.cat([self._at(program, batch, one) for one in z.split(1)], 1)
-        given, start = Trace(), 0
-        for name, site in self.sites.items():
-            shape = site["fn"].event_shape
-            value = z[..., start : start + shape.numel()].reshape(count, -1, *shape)
-            start += shape.numel()
-            given.add_node(name, **{**site, "value": value[0] if count == 1 else value})
-        trace = self._scored(program, batch, count, given)
+        trace = self._scored(program, batch, count, self._given(z))
         return self._halves(trace, batch, count)
+
+    def _given(self, z: Tensor) -> Trace:
+        """Latents ``(K, N, latent)`` as a trace to replay."""
+        given = Trace()
+        for name, value in self.split(z).items():
+            own = value[0] if len(z) == 1 else value
+            given.add_node(name, **{**self.sites[name], "value": own})
+        return given
 
     def _flat(self, values: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
         parts = []
