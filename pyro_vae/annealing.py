@@ -56,6 +56,15 @@ class Bracket(NamedTuple):
         """Mean of upper minus lower."""
         return float((self.upper - self.lower).mean())
 
+    @property
+    def verdict(self) -> str:
+        """What the gap says and what not, in words."""
+        return (
+            f"on data that the model draws, log p(x) lies between {float(self.lower.mean()):.2f} "
+            f"and {float(self.upper.mean()):.2f} in the mean, a gap of {self.gap:.2f} nats; it "
+            f"says nothing about real data"
+        )
+
 
 def annealed_importance_sampling(
     pair: Pair,

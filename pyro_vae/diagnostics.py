@@ -468,8 +468,7 @@ def to_arviz(pair: Pair, data: Rows, *, draws: int = 100, samples: int = 1000) -
     groups["observed_data"] = {name: batch[0].numpy(force=True)}
     integrated = estimate.log_likelihood.numpy(force=True)
     groups["constant_data"] = {"integrated_log_likelihood": integrated}
-    before = int(arviz.__version__.partition(".")[0]) < 1
-    return arviz.from_dict(**groups) if before else arviz.from_dict(groups)
+    return arviz.from_dict(**groups)
 
 
 def _cut(batch: Batch, share: int = 1) -> list[Batch]:

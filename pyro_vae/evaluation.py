@@ -257,7 +257,7 @@ def log_likelihood(
             f"the importance weights of {share:.1%} of the data have a Pareto k-hat above "
             f"{estimate.threshold:.2f}: their L_{samples} may be far below log p(x), and its "
             f"Monte Carlo error is unreliable; compare with annealed_importance_sampling",
-            stacklevel=2,
+            stacklevel=3,  # past the decorator
         )
     return estimate
 

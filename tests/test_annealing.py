@@ -9,6 +9,7 @@ from test_log_likelihood import Mixed, factor_pair, pca_pair
 from test_log_likelihood import double as double
 from test_log_likelihood import pixels as pixels
 
+from pyro_vae import MLP, VAE, HierarchicalVAE, likelihoods, posteriors, priors
 from pyro_vae.annealing import (
     _Path,
     annealed_importance_sampling,
@@ -87,6 +88,7 @@ def test_bounds_enclose_the_truth_and_close_in(from_prior, pixels):
     pyro.set_rng_seed(5)
     assert 0 < gaps[1] < gaps[0]
     assert gaps[1] < 0.2
+    assert found.verdict.endswith(f"a gap of {gaps[1]:.2f} nats; it says nothing about real data")
 
 
 def test_bounds_are_bounds_of_what_was_simulated(pixels):
@@ -118,6 +120,33 @@ def test_a_mixture_agrees_with_quadrature():
     pair, x = Mixed(False), 2 * torch.randn(10, 4)
     found = annealed_importance_sampling(pair, x, distributions=50, leapfrog=4)
     agrees(found, quadrature(pair, x).log_likelihood)
+
+
+def hierarchy():
+    return HierarchicalVAE(
+        [priors.Normal(1), posteriors.Normal(MLP(1, [4], (2, 2)))],
+        likelihoods.Normal(MLP(2, [4], 3), scale=0.8),
+        [
+            posteriors.Normal(MLP(3, [4], (2, 1))),
+            posteriors.Normal(MLP(3, [4], (2, 2), context=1)),
+        ],
+    )
+
+
+def flowing():
+    posterior = posteriors.Flow(MLP(3, [4], posteriors.Flow.outputs(2)), 2)
+    vamp = priors.VampPrior(posterior, torch.randn(20, 3), components=5)
+    return VAE(vamp, likelihoods.Bernoulli(MLP(2, [4], 3)), posterior)
+
+
+@pytest.mark.parametrize("make", [hierarchy, flowing])
+def test_hierarchies_flows_and_mixtures_agree_with_importance_sampling(make):
+    pair, x = make().double().eval(), (torch.rand(6, 3) > 0.5).double()
+    plain = log_likelihood(pair, x, samples=20_000)
+    found = annealed_importance_sampling(pair, x, distributions=20, chains=64, leapfrog=4)
+    apart = (found.log_likelihood - plain.log_likelihood).abs()
+    error = (found.monte_carlo_error**2 + plain.monte_carlo_error**2).sqrt()
+    assert (apart < 4 * error).all()
 
 
 @pytest.mark.parametrize(

@@ -114,3 +114,15 @@ def test_signal_and_noise_are_measured(tmp_path):
     assert (tmp_path / "signal_to_noise.png").exists()
     rows = json.loads((tmp_path / "signal_to_noise.json").read_text())
     assert rows
+
+
+def test_the_evaluation_benchmark_runs_on_a_few_images(data_dir, tmp_path):
+    options = ["--data-dir", str(data_dir), "--rows", "200", "--epochs", "1", "--count", "2"]
+    options += ["--rounds", "1", "--parts", "estimators", "full", "--out", str(tmp_path)]
+    run("benchmarks/evaluation.py", tmp_path, *options)
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert results["full"]["images"] == 200
+    # Of a decoder that has hardly been trained: lower bounds are below, in the mean.
+    first = results["estimators"]["estimators"][0]
+    assert first["estimator"] == "L_5000"
+    assert first["apart"] < 0.1
