@@ -2,7 +2,7 @@
 
 from pyro_vae import data, likelihoods, networks, objectives, posteriors, priors, testing
 from pyro_vae.checkpoints import load, restore
-from pyro_vae.evaluation import bound
+from pyro_vae.evaluation import bound, log_likelihood
 from pyro_vae.hierarchy import HierarchicalVAE
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder
 from pyro_vae.svi import CompiledSVI
@@ -21,6 +21,7 @@ __all__ = [
     "fit",
     "likelihoods",
     "load",
+    "log_likelihood",
     "networks",
     "objectives",
     "posteriors",

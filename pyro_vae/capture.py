@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
-from pyro_vae.pairs import validation
+from pyro_vae.scoring import validation
 
 _aten = torch.ops.aten
 

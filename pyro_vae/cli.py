@@ -22,12 +22,13 @@ import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
-from pyro_vae import commands, runs
+from pyro_vae import commands, reports, runs
 from pyro_vae.parts import KINDS, Part, find, named
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": commands.train,
-    "evaluate": runs.evaluate,
+    "evaluate": reports.evaluate,
+    "compare": reports.compare,
     "sample": runs.sample,
     "reconstruct": runs.reconstruct,
     "interpolate": runs.interpolate,
@@ -38,7 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 # What a constructor gets by its parameter's name, and so takes no option for.
 _GIVEN = {"latent", "shape", "encoder", "decoder", "posterior", "data", "params", "lr"}
 _GIVEN |= {"optimizer"}
-_POSITIONAL = {"run", "name"}
+_POSITIONAL = {"run", "runs", "name"}
 _ALLOW = "Module of your own, one for each --allow, that"
 _WORDS = {
     "int": "a whole number",
@@ -196,7 +197,8 @@ def _add(parser: ArgumentParser, target: Callable[..., Any]) -> None:
         elif is_dataclass(hint):
             _add(parser, cast("Any", hint))
         elif key in _POSITIONAL:
-            count = None if default is parameter.empty else "?"
+            many_of_them = get_origin(hint) is Sequence
+            count = "+" if many_of_them else None if default is parameter.empty else "?"
             parser.add_argument(key, type=str, nargs=count, **text)
         elif hint is bool:
             parser.add_argument(
@@ -306,7 +308,8 @@ def _worded(error: str, name: str, command: Callable[..., None]) -> str:
     if keys and keys[0] in KINDS:
         return _part_worded(error, keys)
     if found := re.search(r"arguments are required: (\w+)", error):
-        return f"'{name}' needs {found[1].upper()}: the folder of a run, written by train"
+        one = "the folder of a run" if found[1] == "run" else "the folders of runs"
+        return f"'{name}' needs {found[1].upper()}: {one}, written by train"
     if found := re.search(r"argument (\S+): expected", error):
         return f"{found[1]} needs a value"
     if found := re.search(r"argument --(\S+)/--\S+: ignored", error):

@@ -1,26 +1,22 @@
-"""Evaluation: the evidence lower bound and its two halves, of any model/guide pair."""
+"""Evaluation: the evidence lower bound, and estimates of log p(x) with their errors."""
 
 from __future__ import annotations
 
-__all__ = ["Bound", "Pair", "bound"]
+__all__ = ["Bound", "Estimate", "Integral", "Pair", "bound", "log_likelihood", "quadrature"]
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-
-class Pair(Protocol):
-    """A Pyro model and guide over a batch ``(x, *context)``, as methods of one module."""
-
-    def model(self, *batch: Any) -> Any:
-        """The generative program."""
-
-    def guide(self, *batch: Any) -> Any:
-        """The approximate posterior of its latent sites."""
+from pyro_vae.importance import unscaled
+from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation
 
 
 class Bound(NamedTuple):
@@ -98,8 +94,328 @@ def _halves(pair: Pair, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
             if any(frame.name == "data" for frame in frames):
                 dim = next(frame.dim for frame in frames if frame.name == "data")
-                score = site["unscaled_log_prob"].movedim(dim, -1)
+                score = unscaled(site)["log_prob"].movedim(dim, -1)
                 local[half] += value * score.reshape(-1, score.shape[-1]).sum(0)
             else:
-                total[half] += value * site["unscaled_log_prob"].sum()
+                total[half] += value * unscaled(site)["log_prob"].sum()
     return local, total
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Importance-sampling estimates L_K of log p(x), one for each datum, in nats.
+
+    Attributes:
+        log_likelihood: ``log 1/K sum_k p(x,z_k) / q(z_k|x)``, ``(N,)``.
+        monte_carlo_error: Standard error of each by its draws, ``sqrt(1/ESS - 1/K)``, ``(N,)``.
+        effective_sample_size: ``(sum_k w_k)^2 / sum_k w_k^2`` of its weights, ``(N,)``.
+        pareto_k: Shape k-hat of the generalised Pareto distribution fitted to the largest of
+            its weights, ``(N,)``. NaN for fewer than 25 draws, and minus infinity where these
+            weights are all equal.
+        samples: Number K of draws for each datum.
+        dimensions: Number of elements of a datum where x is discrete and complete, else None.
+    """
+
+    log_likelihood: Tensor
+    monte_carlo_error: Tensor
+    effective_sample_size: Tensor
+    pareto_k: Tensor
+    samples: int
+    dimensions: int | None = None
+
+    @property
+    def threshold(self) -> float:
+        """Greatest k-hat at which an estimate from so many draws can be trusted."""
+        return min(1 - 1 / math.log10(max(self.samples, 11)), 0.7)
+
+    @property
+    def unreliable(self) -> Tensor:
+        """Whether k-hat is above the threshold, where the Monte Carlo error is none, ``(N,)``."""
+        return self.pareto_k > self.threshold
+
+    @property
+    def mean(self) -> float:
+        """Mean of the estimates over the data."""
+        return float(self.log_likelihood.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of that mean over the data; NaN for one datum."""
+        values = self.log_likelihood
+        return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+
+    @property
+    def mean_error(self) -> float:
+        """Standard error of that mean by the draws of z, for these very data."""
+        return float(self.monte_carlo_error.square().sum().sqrt() / len(self.log_likelihood))
+
+    @property
+    def bits_per_dimension(self) -> float | None:
+        """``-L_K / (D log 2)`` of D discrete elements; None where x has a density."""
+        return None if self.dimensions is None else -self.mean / self.dimensions / math.log(2)
+
+    def summary(self) -> dict[str, float]:
+        """Means over the data with their errors, and what the weights say of these."""
+        return {
+            f"L_{self.samples}": self.mean,
+            "standard_error": self.standard_error,
+            "monte_carlo_error": self.mean_error,
+            "effective_sample_size": float(self.effective_sample_size.median()),
+            "pareto_k": float(self.pareto_k.median()),
+            "unreliable": float(self.unreliable.double().mean()),
+        }
+
+    @staticmethod
+    def joined(parts: Sequence[Estimate]) -> Estimate:
+        """The estimates of several parts of the data as one."""
+        return Estimate(
+            torch.cat([part.log_likelihood for part in parts]),
+            torch.cat([part.monte_carlo_error for part in parts]),
+            torch.cat([part.effective_sample_size for part in parts]),
+            torch.cat([part.pareto_k for part in parts]),
+            parts[0].samples,
+            parts[0].dimensions,
+        )
+
+
+class Integral(NamedTuple):
+    """log p(x) of each datum by quadrature, in nats.
+
+    Attributes:
+        log_likelihood: ``log of the integral of p(x,z) over z``, ``(N,)``.
+        error: By how much the last refinement of the grid changed it, ``(N,)``; infinite where
+            draws of q found a density that the grid has missed.
+    """
+
+    log_likelihood: Tensor
+    error: Tensor
+
+
+@torch.no_grad()
+def log_likelihood(
+    pair: Pair, data: Rows, *, samples: int = 5000, chunk: int | None = None
+) -> Estimate:
+    """Estimate log p(x) of each datum by importance sampling, ``L_K`` with K draws of q(z|x).
+
+    Equation 8 of Burda et al. (2016), Importance Weighted Autoencoders: in expectation a
+    lower bound, which grows with K. How far below log p(x) it is depends on the tail of the
+    weights, of which the Pareto k-hat of Vehtari et al. (2024), Pareto Smoothed Importance
+    Sampling, tells; the estimate itself is not smoothed. Latents outside the plate ``data`` are
+    drawn once and count 1/N in each datum, as in `bound`. Networks are used as they are.
+
+    Args:
+        pair: Module with methods ``model`` and ``guide``.
+        data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches.
+        samples: Draws for each datum.
+        chunk: Draws that are decoded at a time, for some data together, on which the memory
+            depends; by default as many as have a million elements of x.
+
+    Raises:
+        ValueError: Fewer than one draw, no data, data that the programs do not take, a model
+            that observes nothing, or weights that are not a number.
+
+    Warns:
+        UserWarning: k-hat is too large for some data, with the fraction of them.
+
+    Example:
+        >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
+        >>> vae = VAE(
+        ...     prior=priors.Normal(2),
+        ...     likelihood=likelihoods.Bernoulli(MLP(2, [], 9)),
+        ...     posterior=posteriors.Normal(MLP(9, [], (2, 2))),
+        ... )
+        >>> estimate = log_likelihood(vae, (torch.rand(4, 9) > 0.5).float(), samples=20)
+        >>> estimate.log_likelihood.shape
+        torch.Size([4])
+    """
+    for name, count in (("samples", samples), ("chunk", chunk)):
+        if count is not None and count < 1:
+            raise ValueError(
+                f"an estimate of log p(x) takes at least 1 of its {name}, not {count}"
+            )
+    programs: Programs | None = None
+    parts: list[Estimate] = []
+    for batch in batches(data):
+        programs = programs or Programs(pair, batch)
+        size = chunk or at_a_time(batch)
+        # Several data at once, since few draws of each leave the encoder little to do.
+        together = max(min(size // 100, len(batch[0])), 1) if programs.vectorized else size
+        for start in range(0, len(batch[0]), together):
+            rows = tuple(tensor[start : start + together] for tensor in batch)
+            with validation(False):  # what costs a pass over all that is decoded
+                parts.append(_estimate(programs, rows, samples, max(size // len(rows[0]), 1)))
+    assert programs is not None
+    joined = Estimate.joined(parts)
+    estimate = replace(
+        joined,
+        log_likelihood=joined.log_likelihood + programs.shared / len(joined.log_likelihood),
+        dimensions=_dimensions(programs),
+    )
+    share = float(estimate.unreliable.double().mean())
+    if share:
+        warnings.warn(
+            f"the importance weights of {share:.1%} of the data have a Pareto k-hat above "
+            f"{estimate.threshold:.2f}: their L_{samples} may be far below log p(x), and its "
+            f"Monte Carlo error is unreliable; compare with annealed_importance_sampling",
+            stacklevel=3,  # past the decorator
+        )
+    return estimate
+
+
+def _estimate(programs: Programs, batch: Batch, samples: int, count: int) -> Estimate:
+    """The estimates of a few data, with what is kept of their weights as these pass by."""
+    size = len(batch[0])
+    tail = _tail(samples)
+    peak = batch[0].new_full((size,), -math.inf, dtype=torch.float64)
+    total, squares = torch.zeros_like(peak), torch.zeros_like(peak)
+    largest = peak.expand(0, size)
+    for start in range(0, samples, count):
+        log_w = programs.weights(batch, min(count, samples - start))
+        if log_w.isnan().any():
+            raise ValueError(
+                "log p(x,z) - log q(z|x) is not a number for a draw of z: check the weights of "
+                "the networks, and the data for values that are no numbers"
+            )
+        before, peak = peak, torch.maximum(peak, log_w.amax(0))
+        # Where all weights so far are 0, these stand for any finite peak.
+        safe = peak.clamp(min=torch.finfo(peak.dtype).min)
+        shrink, weights = (before - safe).exp(), (log_w - safe).exp()
+        total = total * shrink + weights.sum(0)
+        squares = squares * shrink**2 + weights.square().sum(0)
+        largest = torch.cat([largest, log_w])
+        largest = largest.topk(min(tail + 1, len(largest)), 0).values
+    effective = (total.square() / squares).nan_to_num(0.0)
+    error = (1 / effective - 1 / samples).clamp(min=0).sqrt()
+    log_p = peak + total.log() - math.log(samples)
+    return Estimate(log_p, error, effective, _pareto_k(largest, tail), samples)
+
+
+def _tail(samples: int) -> int:
+    """Number of largest weights that k-hat is fitted to; 0 for too few samples."""
+    count = math.ceil(min(samples / 5, 3 * samples**0.5))
+    return count if count >= 5 else 0
+
+
+def _pareto_k(largest: Tensor, tail: int) -> Tensor:
+    """Shape of a generalised Pareto distribution over the tail of log-weights ``(tail+1, N)``.
+
+    The profile posterior mean of Zhang & Stephens (2009), A New and Efficient Estimation Method
+    for the Generalized Pareto Distribution, drawn a little to 1/2 as by Vehtari et al. (2024).
+    """
+    if not tail:
+        return largest.new_full(largest.shape[1:], math.nan)
+    weights = (largest - largest[0].clamp(min=torch.finfo(largest.dtype).min)).exp()
+    excess = (weights[:tail] - weights[tail]).flip(0)  # ascending
+    greatest, quarter = excess[-1], excess[int(tail / 4 + 0.5) - 1]
+    points = 30 + int(tail**0.5)
+    steps = torch.arange(1, points + 1).to(excess)[:, None]
+    theta = 1 / greatest + (1 - (points / (steps - 0.5)).sqrt()) / (3 * quarter)
+    shape = (-theta[:, None] * excess).log1p().mean(1)  # minus k in their sign, (points, N)
+    profile = tail * ((-theta / shape).log() - shape - 1)
+    weight = profile.nan_to_num(-math.inf).softmax(0)
+    theta = (weight * theta.nan_to_num(0.0)).sum(0)
+    k = (-theta * excess).log1p().mean(0)
+    k = (tail * k + 10 * 0.5) / (tail + 10)
+    # Ties within rounding make a tail of one value, which nothing can be fitted to.
+    flat = greatest <= 16 * torch.finfo(excess.dtype).eps
+    return k.masked_fill(flat, -math.inf)
+
+
+def _dimensions(programs: Programs) -> int | None:
+    site = programs.observed
+    whole = site["fn"].support.is_discrete and not bool(site["value"].isnan().any())
+    return int(site["fn"].event_shape.numel()) if whole else None
+
+
+@torch.no_grad()
+def quadrature(pair: Pair, data: Rows, *, tolerance: float = 1e-3) -> Integral:
+    """Integrate p(x,z) over a grid of latents, for each datum its own, where there are few.
+
+    The grid spans the draws of prior and posterior, closes in on where the integrand is not
+    negligible, and is refined until the logarithm of the integral stays within `tolerance`.
+
+    Args:
+        pair: Module with methods ``model`` and ``guide``, of at most 3 real latents.
+        data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches.
+        tolerance: Change in nats at which the refinement ends; a grid has at most a million
+            points.
+
+    Raises:
+        ValueError: More than 3 latents, latents that are not real vectors, no data, or data
+            that the programs do not take.
+
+    Example:
+        >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
+        >>> vae = VAE(
+        ...     prior=priors.Normal(1),
+        ...     likelihood=likelihoods.Normal(MLP(1, [], 2), scale=1.0),
+        ...     posterior=posteriors.Normal(MLP(2, [], (2, 1))),
+        ... )
+        >>> quadrature(vae, torch.zeros(3, 2)).log_likelihood.shape
+        torch.Size([3])
+    """
+    programs: Programs | None = None
+    parts: list[tuple[Tensor, Tensor]] = []
+    for batch in batches(data):
+        if programs is None:
+            programs = Programs(pair, batch)
+            latent = programs.need_real("quadrature")
+            if latent > 3:
+                raise ValueError(
+                    f"quadrature takes at most 3 latents and there are {latent}: use "
+                    f"log_likelihood, or annealed_importance_sampling"
+                )
+        for n in range(len(batch[0])):
+            rows = tuple(tensor[n : n + 1] for tensor in batch)
+            parts.append(_integral(programs, rows, latent, tolerance))
+    values, errors = (torch.stack(each) for each in zip(*parts, strict=True))
+    return Integral(values, errors)
+
+
+def _integral(
+    programs: Programs, batch: Batch, latent: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Log-integral of one datum and by how much it last changed."""
+    draws = torch.cat([programs.draw(batch, 100), programs.draw(batch, 500, prior=True)])[:, 0]
+    low, high = draws.amin(0).double(), draws.amax(0).double()
+    low, high = low - (high - low) / 2, high + (high - low) / 2
+    side = (257, 65, 33)[latent - 1]
+    for _ in range(20):
+        points, scores = _scored_grid(programs, batch, low, high, side)
+        inside = points[scores > scores.max() - 40]
+        step = (high - low) / (side - 1)
+        closer = inside.amin(0) - step, inside.amax(0) + step
+        shrunk = ((closer[1] - closer[0]) / (high - low)).min()
+        low, high = closer
+        if shrunk > 0.7:
+            break
+    before = _sum_grid(programs, batch, low, high, side)[0]
+    while True:
+        side = 2 * side - 1
+        value, greatest = _sum_grid(programs, batch, low, high, side)
+        change = (value - before).abs()
+        if change <= tolerance or (2 * side - 1) ** latent > 1e6:
+            break
+        before = value
+    missed = programs.log_joint(batch, draws[:100, None]).max() > greatest + 2
+    return value, change.masked_fill(missed, math.inf)
+
+
+def _sum_grid(
+    programs: Programs, batch: Batch, low: Tensor, high: Tensor, side: int
+) -> tuple[Tensor, Tensor]:
+    """Log-integral over a box by the trapezium rule, 0 at its faces, and the greatest value."""
+    scores = _scored_grid(programs, batch, low, high, side)[1]
+    volume = ((high - low) / (side - 1)).log().sum()
+    return scores.logsumexp(0) + volume, scores.max()
+
+
+def _scored_grid(
+    programs: Programs, batch: Batch, low: Tensor, high: Tensor, side: int
+) -> tuple[Tensor, Tensor]:
+    """Points of a box ``(M, latent)`` and ``log p(x,z)`` at each of them."""
+    unit = torch.linspace(0, 1, side, dtype=torch.float64, device=low.device)
+    points = low + (high - low) * torch.cartesian_prod(*[unit] * len(low)).reshape(-1, len(low))
+    size = at_a_time(batch)
+    z = points.to(batch[0].dtype)[:, None]
+    return points, torch.cat([programs.log_joint(batch, part)[:, 0] for part in z.split(size)])

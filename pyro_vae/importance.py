@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["IWAE", "Direct", "Renyi", "at_least_one", "data_dim", "latents", "need_rsample"]
+__all__ = [
+    "IWAE",
+    "Direct",
+    "Renyi",
+    "Spread",
+    "at_least_one",
+    "data_dim",
+    "each_datum",
+    "latents",
+    "need_rsample",
+    "unscaled",
+]
 
 import abc
 import contextlib
@@ -110,7 +121,7 @@ class _Averaging(Direct, abc.ABC):
     ) -> Iterator[tuple[Trace, Trace]]:
         """Scored traces of K draws, all at once or one after another."""
         count = self.num_particles if self.vectorize_particles else 1
-        spread = _Spread(count, -self._rank)
+        spread = Spread(count, -self._rank)
         shared = Trace()  # the sites outside the data plate, which all draws have in common
         for first in range(0, self.num_particles, count):
             program = poutine.replay(spread(guide), trace=shared)
@@ -149,7 +160,7 @@ class _Averaging(Direct, abc.ABC):
         return guided
 
     def _check_held(
-        self, guide: Program, spread: _Spread, guided: Trace, args: Any, kwargs: Any
+        self, guide: Program, spread: Spread, guided: Trace, args: Any, kwargs: Any
     ) -> None:
         """Refuse a guide whose density moves with parameters that were to be held, once.
 
@@ -304,11 +315,11 @@ def _weighed(modelled: Trace, guided: Trace, rank: int, count: int) -> _Draws:
                 if latent and site["log_prob"].requires_grad:
                     need_rsample(site, f"a latent outside the data plate, '{name}',")
                 continue
-            log_weights = log_weights + sign * (_each_datum(site, rank, count) / scale)
+            log_weights = log_weights + sign * (each_datum(site, rank, count) / scale)
             if latent:
                 weight = _weight(site, scale)
                 if not site["fn"].has_rsample:
-                    score = score + _each_datum(_unscaled(site), rank, count)
+                    score = score + each_datum(unscaled(site), rank, count)
     if not isinstance(log_weights, Tensor):
         raise ValueError(
             "importance weights are averaged for each datum of a plate named 'data', and neither "
@@ -345,7 +356,7 @@ def _weight(site: Site, scale: Any) -> Any:
     return site["scale"] if _alike(scale, 1.0) else site["scale"] / scale
 
 
-def _each_datum(site: Site, rank: int, count: int) -> Tensor:
+def each_datum(site: Site, rank: int, count: int) -> Tensor:
     """A site's log-density ``(K, N)``, summed over all dimensions but particles and data."""
     score: Tensor = site["log_prob"]
     shape = (1,) * (rank - score.dim()) + score.shape
@@ -359,7 +370,8 @@ def _each_datum(site: Site, rank: int, count: int) -> Tensor:
     return score.reshape(shape).sum(others) if others else score.reshape(shape)
 
 
-def _unscaled(site: Site) -> Site:
+def unscaled(site: Site) -> Site:
+    """A site with its log-density as it is without any scale; what is masked is 0."""
     score = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
     return {**site, "log_prob": score}
 
@@ -382,7 +394,7 @@ def _without_one(log_weights: Tensor, power: float) -> Tensor:
     return _log_mean(torch.where(own, others[:, None], log_weights), power, dim=1)
 
 
-class _Spread(Messenger):
+class Spread(Messenger):
     """Gives the sites within the plate ``data`` some draws, in a dimension of their own."""
 
     def __init__(self, count: int, dim: int) -> None:

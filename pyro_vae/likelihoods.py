@@ -134,7 +134,7 @@ class Bernoulli(Likelihood):
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:
         logits = self.network(z, *context)
-        family = laws.GreyscaleBernoulli if self.greyscale else dist.Bernoulli
+        family = laws.GreyscaleBernoulli if self.greyscale else laws.Bernoulli
         return family(logits=logits).to_event(logits.dim() - z.dim() + 1)
 
     @override

@@ -17,16 +17,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer.elbo import ELBO
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 
-from pyro_vae.evaluation import Pair
 from pyro_vae.objectives import BetaELBO
+from pyro_vae.scoring import Pair, validation
 from pyro_vae.vae import VAE, check_parts
 
 
@@ -110,17 +109,6 @@ def elementary(support: constraints.Constraint) -> constraints.Constraint:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support
-
-
-@contextmanager
-def validation(enabled: bool) -> Iterator[None]:
-    """Set the validation of Pyro and torch for a while, and leave both as they were."""
-    before = Distribution._validate_args
-    try:
-        with pyro.validation_enabled(enabled):
-            yield
-    finally:
-        Distribution.set_default_validate_args(before)
 
 
 def _check_programs(pair: Pair, batch: tuple[Tensor, ...], size: int) -> None:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["curves", "grid", "manifold", "save", "strip"]
+__all__ = [
+    "curves",
+    "dimensions",
+    "grid",
+    "k_hat",
+    "manifold",
+    "ranks",
+    "save",
+    "scatter",
+    "strip",
+]
 
 import io
 import math
@@ -117,6 +127,91 @@ def strip(rows: Mapping[str, Tensor]) -> Figure:
 def manifold(x: Tensor, side: int) -> Figure:
     """Draw a square of decoded images, `side` in a row, without space between them."""
     return _drawn(_tiled(x, side, gap=0)) if _are_images(x) else _heat_map(x)
+
+
+def dimensions(kl: Array) -> Figure:
+    """Draw the KL of each latent dimension ``(latent,)``, largest first."""
+    figure, axes = _axes()
+    order = np.argsort(-kl, kind="stable")
+    axes.bar(np.arange(len(kl)), kl[order], color="C3")
+    if len(kl) <= 40:
+        axes.set_xticks(np.arange(len(kl)), [str(each) for each in order])
+    axes.set_xlabel("latent dimension")
+    axes.set_ylabel("KL(q(z_i|x) || p(z_i)), nats")
+    return figure
+
+
+def k_hat(values: Array, threshold: float) -> Figure:
+    """Draw a histogram of Pareto k-hats ``(N,)`` and the threshold of reliable ones."""
+    figure, axes = _axes()
+    finite = values[np.isfinite(values)]
+    axes.hist(finite, bins=40, color="C0")
+    axes.axvline(threshold, color="C3", label=f"reliable below {threshold:.2f}")
+    share = float((values > threshold).mean()) if len(values) else 0.0
+    axes.set_title(f"above: {share:.1%} of the data")
+    axes.set_xlabel("Pareto k-hat of the importance weights")
+    axes.set_ylabel("data")
+    axes.legend()
+    return figure
+
+
+def ranks(values: Array, draws: int, *, most: int = 11) -> Figure:
+    """Draw histograms of ranks ``(simulations, latent + 1)``, the last those of log p(x,z).
+
+    The band holds a bar of a uniform histogram with a probability of 99 %.
+
+    Args:
+        values: Ranks from 0 to `draws`.
+        draws: Greatest rank.
+        most: Greatest number of latents to draw.
+    """
+    shown = [*range(min(values.shape[1] - 1, most)), values.shape[1] - 1]
+    columns = min(len(shown), 4)
+    rows = math.ceil(len(shown) / columns)
+    size = (2.4 * columns + 0.4, 1.9 * rows + 0.4)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    grid = np.atleast_1d(figure.subplots(rows, columns)).flatten()
+    bins = 20
+    mean = len(values) / bins
+    half = 2.58 * (mean * (1 - 1 / bins)) ** 0.5
+    for axes, column in zip(grid, shown, strict=False):
+        axes.axhspan(mean - half, mean + half, color="0.85")
+        axes.hist(values[:, column], bins=np.linspace(-0.5, draws + 0.5, bins + 1), color="C0")
+        last = column == values.shape[1] - 1
+        axes.set_title("log p(x,z)" if last else f"z, dimension {column}", fontsize=9)
+    for axes in grid[len(shown) :]:
+        axes.set_axis_off()
+    figure.supxlabel("rank among draws of q(z|x)", fontsize=9)
+    return figure
+
+
+def scatter(z: Array, labels: Array | None = None) -> Figure:
+    """Draw latents ``(N, latent)``, their two directions of greatest variance, by label."""
+    figure, axes = _axes(square=True)
+    names = ["latent dimension 0", "latent dimension 1"]
+    if z.shape[1] == 1:
+        z, names[1] = np.concatenate([z, np.zeros_like(z)], 1), ""
+    if z.shape[1] > 2:
+        centred = z - z.mean(0)
+        z = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+        names = ["first principal direction", "second principal direction"]
+    size = 7 if len(z) < 1000 else 3
+    classes = [None] if labels is None else list(np.unique(labels))
+    for index, label in enumerate(classes):
+        chosen = z if label is None else z[labels == label]
+        colour = {"color": f"C{index % 10}", "label": None if label is None else str(label)}
+        axes.plot(chosen[:, 0], chosen[:, 1], ".", markersize=size, alpha=0.5, **colour)
+    if labels is not None and len(classes) <= 20:
+        axes.legend(markerscale=4, fontsize=8)
+    axes.set_xlabel(names[0])
+    axes.set_ylabel(names[1])
+    return figure
+
+
+def _axes(*, square: bool = False) -> tuple[Figure, Any]:
+    size = (5.4, 5.0) if square else (6.4, 3.6)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    return figure, figure.subplots()
 
 
 def _are_images(x: Tensor) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 __all__ = [
     "VIEWS",
     "Run",
+    "SplitName",
     "bounds",
+    "dataset_batches",
     "dataset_of",
     "device_of",
     "encode",
-    "evaluate",
     "interpolate",
     "manifold",
     "pictures",
@@ -84,7 +85,7 @@ class Run:
 
     def split(self, name: SplitName) -> Split:
         """One split of the run's data, or of others of the same shape, on its device."""
-        with self._settings() as settings:
+        with self.settings() as settings:
             view = VIEWS[settings["binarisation"]]
             settings["data"] = self.data or settings["data"]
             settings["data_dir"] = self.data_dir or settings["data_dir"]
@@ -105,7 +106,7 @@ class Run:
         blueprint = self.blueprint
         if not blueprint.context:
             return 0
-        with self._settings() as settings:
+        with self.settings() as settings:
             sized = bool(blueprint.likelihood.options.get("size_factor"))
             return blueprint.context - sized if settings["conditional"] else 0
 
@@ -142,7 +143,7 @@ class Run:
         return path
 
     @contextlib.contextmanager
-    def _settings(self) -> Iterator[dict[str, Any]]:
+    def settings(self) -> Iterator[dict[str, Any]]:
         """What the run's config.yaml says; what is amiss while it is used is said of that file."""
         path = Path(self.run) / "config.yaml"
         if not path.is_file():
@@ -151,19 +152,6 @@ class Run:
             yield {**yaml.safe_load(path.read_text())}
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{path}' is damaged: {error!r}") from error
-
-
-def evaluate(run: Run, *, split: SplitName = "test", particles: int = 10) -> None:
-    """Print the evidence lower bound of a run and its two halves, in nats per datum.
-
-    Args:
-        run: The run.
-        split: Split to evaluate.
-        particles: Draws of z for each datum, whose bounds are averaged (without importance
-            weights).
-    """
-    vae = run.vae()
-    print(score(vae, run.split(split), split, particles=particles))
 
 
 def sample(run: Run, *, count: int = 64, label: int | None = None, out: str | None = None) -> None:
@@ -274,7 +262,7 @@ def encode(run: Run, *, split: SplitName = "test", out: str | None = None) -> No
     target = run.path(out, "codes.npz")
     vae, part = run.vae(), run.split(split)
     with torch.no_grad():
-        codes = [vae.encode(*batch) for batch in _batches(part)]
+        codes = [vae.encode(*batch) for batch in dataset_batches(part)]
     arrays = {"z": torch.cat([_code(q) for q in codes])}
     if all(_knows(q, "stddev") for q in codes):
         arrays["scale"] = torch.cat([q.stddev for q in codes])
@@ -338,13 +326,14 @@ def device_of(name: str | None) -> torch.device:
     return place
 
 
-def _batches(part: Split) -> Iterator[tuple[Tensor, ...]]:
+def dataset_batches(part: Split) -> Iterator[tuple[Tensor, ...]]:
+    """Cut a split into batches, dynamic binarisation being the same each time."""
     return part.batches(1000, torch.Generator(part.x.device).manual_seed(0))
 
 
 def score(vae: VAE, part: Split, name: str, *, particles: int = 10) -> str:
     """Say the bound of a split and its halves in a line."""
-    values = bound(vae, _batches(part), particles=particles).summary()
+    values = bound(vae, dataset_batches(part), particles=particles).summary()
     return (
         f"{name}: ELBO {values['elbo']:.2f} ± {values['standard_error']:.2f}, reconstruction "
         f"{values['reconstruction']:.2f}, KL {values['kl']:.2f} "

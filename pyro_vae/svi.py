@@ -28,7 +28,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_vae.capture import Graph, NotCapturableError, capture
-from pyro_vae.pairs import undisturbed, validation
+from pyro_vae.pairs import undisturbed
+from pyro_vae.scoring import validation
 
 Program = Callable[..., Any]
 Run = Callable[[Sequence[Any]], Tensor]  # of the leaves of its arguments

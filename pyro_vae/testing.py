@@ -14,7 +14,8 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
-from pyro_vae.pairs import check_pair, family, undisturbed, validation
+from pyro_vae.pairs import check_pair, family, undisturbed
+from pyro_vae.scoring import validation
 from pyro_vae.vae import as_pyro
 
 

@@ -381,7 +381,7 @@ def test_counts_with_a_size_factor_train_and_are_sampled_at_sizes_of_training(
     assert all(readable(here / "run" / name) for name in [*PICTURES, "manifold.png"])
     loaded = data.load("cells.npz").sized()
     assert said(loaded.test, "run") in capsys.readouterr().out
-    assert call("evaluate run") == 0
+    assert call("evaluate run --samples 0") == 0
     assert said(loaded.test, "run") in capsys.readouterr().out
     assert call("sample run --count 5 --out a.png") == 0
     rows = torch.randint(len(loaded.train), [5], generator=torch.Generator().manual_seed(0))
@@ -445,7 +445,7 @@ def test_data_with_missing_values_train(likelihood, gaps, drawn, here, capsys):
     view = runs.VIEWS[configuration(here / "run")["binarisation"]]
     loaded = data.load("gaps.npy", missing=True, view=view)
     assert said(loaded.test, "run") in output
-    assert call("evaluate run") == 0
+    assert call("evaluate run --samples 0") == 0
     assert said(loaded.test, "run") in capsys.readouterr().out
     assert call("sample run --count 4 --out values.npy") == 0
     assert np.isfinite(np.load("values.npy")).all()
@@ -472,7 +472,7 @@ def test_a_run_from_before_its_later_options_opens(run, here, capsys):
         del settings[key]
     (here / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     for place in (run, "run"):
-        assert call(f"evaluate {place}") == 0
+        assert call(f"evaluate {place} --samples 0") == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
 
@@ -500,7 +500,7 @@ def test_a_file_of_vectors_trains_and_is_found_again_from_elsewhere(here, monkey
     assert all(readable(here / "run" / name) for name in PICTURES)
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
-    assert call("evaluate ../run --split train") == 0
+    assert call("evaluate ../run --samples 0 --split train") == 0
     assert "160 data" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -513,7 +513,7 @@ def test_the_folder_of_named_data_is_remembered(here, monkeypatch, capsys):
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
     for options in ("", "--data binarized-mnist", "--data-dir ../sets"):
-        assert call(f"evaluate ../run {options}") == 0
+        assert call(f"evaluate ../run --samples 0 {options}") == 0
         assert "10 data" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -522,7 +522,9 @@ def test_the_folder_of_named_data_is_remembered(here, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("split", "particles"), [("test", 10), ("train", 2)])
 def test_evaluate_prints_the_bound_of_the_vae_that_load_gives(split, particles, run, capsys):
-    assert call(f"evaluate {{run}} --split {split} --particles {particles}", run=run) == 0
+    assert (
+        call(f"evaluate {{run}} --split {split} --particles {particles} --samples 0", run=run) == 0
+    )
     part = getattr(data.load("digits", view=data.dynamic), split)
     batches = part.batches(1000, torch.Generator().manual_seed(0))
     values = bound(opened(run), batches, particles=particles).summary()
@@ -537,7 +539,7 @@ def test_evaluate_takes_other_weights_and_other_data(trained, here, capsys):
     folder, _ = trained("--likelihood Normal --latent 3")
     np.save("black.npy", np.zeros((50, 8, 8), np.float32))
     for options in ("", "--weights last", "--data black.npy", "--seed 1"):
-        assert call(f"evaluate {{run}} {options}", run=folder) == 0
+        assert call(f"evaluate {{run}} --samples 0 {options}", run=folder) == 0
     first, last, black, other = capsys.readouterr().out.splitlines()
     assert first == last  # of a single epoch
     assert black.endswith("5 data)")
@@ -961,7 +963,7 @@ def test_help_of_a_command_names_every_option(name, capsys):
     options = list(inspect.signature(COMMANDS[name]).parameters)
     if "run" in options:
         options += inspect.signature(runs.Run).parameters
-    positional = {"run", "name"}
+    positional = {"run", "runs", "name"}
     for option in options:
         named = option if option in positional else f"--{option.replace('_', '-')}"
         assert re.search(rf"(^| ){named}[ ,]", output)

@@ -210,3 +210,15 @@ def test_the_report_reckons_ratios_and_lines(benchmarks):
         "784-400-20", rows
     )
     assert speed.line([1, 2, 3], [5.0, 7.0, 9.0]) == pytest.approx((2, 3, 1))
+
+
+def test_the_evaluation_benchmark_runs_on_a_few_images(data_dir, tmp_path):
+    options = ["--data-dir", str(data_dir), "--rows", "200", "--epochs", "1", "--count", "2"]
+    options += ["--rounds", "1", "--parts", "estimators", "full", "--out", str(tmp_path)]
+    run("benchmarks/evaluation.py", tmp_path, *options)
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert results["full"]["images"] == 200
+    # Of a decoder that has hardly been trained: lower bounds are below, in the mean.
+    first = results["estimators"]["estimators"][0]
+    assert first["estimator"] == "L_5000"
+    assert first["apart"] < 0.1

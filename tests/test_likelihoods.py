@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from pyro_vae import MLP, VAE, data, fit, likelihoods, posteriors, priors
-from pyro_vae.pairs import elementary, validation
+from pyro_vae.pairs import elementary
+from pyro_vae.scoring import validation
 from pyro_vae.testing import check_likelihood, check_pair
 
 CASES = {

@@ -12,7 +12,8 @@ from torch import nn
 
 from pyro_vae import MLP, VAE, ConvEncoder, likelihoods, posteriors, priors
 from pyro_vae.objectives import BetaELBO, FreeBits
-from pyro_vae.pairs import check_objective, check_pair, validation
+from pyro_vae.pairs import check_objective, check_pair
+from pyro_vae.scoring import validation
 
 X = torch.randn(6, 4)
 

@@ -202,3 +202,49 @@ def test_the_warm_up_is_shaded_since_its_objective_is_no_bound(weights, until):
     shades = plots.curves(rows).axes[0].patches
     assert [shade.get_x() + shade.get_width() for shade in shades] == ([until] if until else [])
     assert all("no bound" in shade.get_label() for shade in shades)
+
+
+def test_dimensions_are_drawn_from_the_largest_kl_on(tmp_path):
+    figure = plots.dimensions(np.array([0.5, 2.0, 1.0]))
+    (axes,) = figure.axes
+    assert [bar.get_height() for bar in axes.patches] == [2.0, 1.0, 0.5]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "0"]
+    pixels(figure, tmp_path / "a.png")
+
+
+def test_k_hats_are_counted_beside_their_threshold(tmp_path):
+    figure = plots.k_hat(np.array([0.1, 0.2, 0.9, -np.inf, np.nan]), 0.7)
+    (axes,) = figure.axes
+    assert sum(bar.get_height() for bar in axes.patches) == 3
+    assert_allclose(axes.lines[0].get_xdata(), [0.7, 0.7])
+    assert "20.0%" in axes.get_title()
+    pixels(figure, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(("latent", "panels"), [(1, 2), (3, 4), (30, 12)])
+def test_ranks_have_a_panel_for_each_dimension_and_the_joint(latent, panels, tmp_path):
+    values = np.random.default_rng(0).integers(0, 100, (400, latent + 1))
+    values[:, -1] = 99
+    figure = plots.ranks(values, 99)
+    shown = [axes for axes in figure.axes if axes.axison]
+    assert len(shown) == panels
+    assert shown[-1].get_title() == "log p(x,z)"
+    heights = [bar.get_height() for bar in shown[-1].patches[-20:]]
+    assert heights == [0] * 19 + [400]
+    assert sum(bar.get_height() for bar in shown[0].patches[-20:]) == 400
+    pixels(figure, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("latent", [1, 2, 5])
+@pytest.mark.parametrize("labels", [None, np.arange(60) % 3])
+def test_latents_are_scattered_by_label(latent, labels, tmp_path):
+    z = np.random.default_rng(0).normal(size=(60, latent)) * np.arange(1, latent + 1)
+    (axes,) = plots.scatter(z, labels).axes
+    assert len(axes.lines) == (1 if labels is None else 3)
+    drawn = np.concatenate([line.get_xydata() for line in axes.lines])
+    if latent == 2 and labels is None:
+        assert_allclose(drawn, z)
+    if latent == 5:  # the first direction has the greatest variance there is
+        greatest = np.linalg.eigvalsh(np.cov(z.T))[-1]
+        assert_allclose(drawn[:, 0].var(ddof=1), greatest)
+    pixels(plots.scatter(z, labels), tmp_path / "a.png")

@@ -1,0 +1,545 @@
+"""Diagnostics: what the latents hold, where the bound loses, whether q is calibrated."""
+
+from __future__ import annotations
+
+__all__ = [
+    "Calibration",
+    "Decomposition",
+    "InferenceGap",
+    "PredictiveCheck",
+    "calibration",
+    "decompose",
+    "inference_gap",
+    "predictive_check",
+    "to_arviz",
+]
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.distributions import Independent, kl_divergence
+
+from pyro_vae.distributions import GreyscaleBernoulli
+from pyro_vae.evaluation import bound, log_likelihood
+from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation
+
+_ACTIVE = 0.01  # variance over the data of a unit's mean, above which it is in use
+_BINS = 20  # of ranks, in the test of calibration
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The bound of a data set in its parts, means over the data in nats.
+
+    Hoffman & Johnson (2016), ELBO Surgery: ``kl = mutual_information + marginal_kl``, with q(z)
+    the mixture of q(z|x) over the N given data.
+
+    Attributes:
+        reconstruction: ``log p(x|z)``.
+        kl: ``KL(q(z|x) || p(z))``.
+        mutual_information: Of x and z under q, which is at most log N.
+        without_itself: The same with each datum left out of its own mixture, from above.
+        marginal_kl: ``KL(q(z) || p(z))``.
+        log_count: log N.
+        dimension_kl: ``KL(q(z_i|x) || p(z_i))`` of each dimension, ``(latent,)``, where both
+            factorise and it is known in closed form; else None.
+        unit_variance: Variance over the data of the mean of each unit, ``(latent,)``.
+    """
+
+    reconstruction: float
+    kl: float
+    mutual_information: float
+    without_itself: float
+    marginal_kl: float
+    log_count: float
+    dimension_kl: Tensor | None
+    unit_variance: Tensor
+
+    @property
+    def rate(self) -> float:
+        """The KL, as a rate: nats that z needs."""
+        return self.kl
+
+    @property
+    def distortion(self) -> float:
+        """Minus the reconstruction: nats that x needs once z is known."""
+        return -self.reconstruction
+
+    @property
+    def active(self) -> int:
+        """Number of units whose mean varies over the data by more than 0.01."""
+        return int((self.unit_variance > _ACTIVE).sum())
+
+    @property
+    def saturated(self) -> bool:
+        """Whether mutual information lies within 1 nat of log N, the most it can show."""
+        return self.mutual_information > self.log_count - 1
+
+    @property
+    def verdict(self) -> str:
+        """What that says of posterior collapse, in words."""
+        units = f"{self.active} of {len(self.unit_variance)} units are active"
+        if self.saturated:
+            return (
+                f"no verdict: {units}, but the mutual information is within 1 nat of log N = "
+                f"{self.log_count:.2f}, so that it and the marginal KL need more data"
+            )
+        carried = f"the latents carry {self.mutual_information:.2f} nats about x"
+        if self.active == 0:
+            return f"posterior collapse: {units}, and {carried}"
+        partly = self.active < len(self.unit_variance)
+        return f"{'partial' if partly else 'no'} collapse: {units}, and {carried}"
+
+    def summary(self) -> dict[str, float]:
+        """All numbers but those of single dimensions."""
+        return {
+            "reconstruction": self.reconstruction,
+            "kl": self.kl,
+            "mutual_information": self.mutual_information,
+            "mutual_information_without_itself": self.without_itself,
+            "log_count": self.log_count,
+            "marginal_kl": self.marginal_kl,
+            "active_units": float(self.active),
+            "units": float(len(self.unit_variance)),
+        }
+
+
+class InferenceGap(NamedTuple):
+    """What the bound of each datum loses, ``(N,)`` each, in nats.
+
+    Attributes:
+        log_likelihood: The best estimate of log p(x).
+        amortized: The bound under q(z|x).
+        optimized: The bound under a diagonal Gaussian that was fitted to the datum alone.
+        richer: Likewise under a Gaussian with full covariance.
+    """
+
+    log_likelihood: Tensor
+    amortized: Tensor
+    optimized: Tensor
+    richer: Tensor
+
+    @property
+    def amortization(self) -> float:
+        """Mean of what is lost because one network serves all data."""
+        return float((self.optimized - self.amortized).mean())
+
+    @property
+    def family(self) -> float:
+        """Mean of what is lost because the posterior is no diagonal Gaussian."""
+        return float((self.log_likelihood - self.optimized).mean())
+
+    @property
+    def correlation(self) -> float:
+        """Mean of that part of the family's loss that a full covariance regains."""
+        return float((self.richer - self.optimized).mean())
+
+    @property
+    def verdict(self) -> str:
+        """Which of the two loses more, in words."""
+        larger = "amortisation" if self.amortization > self.family else "the family"
+        return (
+            f"more is lost to {larger}: {self.amortization:.2f} nats to amortisation and "
+            f"{self.family:.2f} to the family, of which a full covariance regains "
+            f"{self.correlation:.2f}"
+        )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Ranks of simulated latents among draws of q, which are uniform if q is the posterior.
+
+    Attributes:
+        ranks: ``(simulations, latent + 1)``, each from 0 to `draws`; the last column ranks
+            log p(x,z).
+        draws: Draws of q for each simulation.
+        alpha: Probability that an exact posterior fails the test, over all columns together.
+    """
+
+    ranks: Tensor
+    draws: int
+    alpha: float
+
+    @property
+    def p_values(self) -> Tensor:
+        """Of a chi-squared test of uniformity in each column, ``(latent + 1,)``."""
+        edges = torch.linspace(0, self.draws + 1, _BINS + 1).round().to(self.ranks.dtype)
+        expected = edges.diff().double() / (self.draws + 1) * len(self.ranks)
+        values = []
+        for column in self.ranks.T.contiguous():
+            counts = torch.bucketize(column, edges, right=True).sub(1).bincount(minlength=_BINS)
+            values.append(stats.chisquare(counts.numpy(force=True), expected.numpy()).pvalue)
+        return torch.tensor(values, dtype=torch.float64)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no column is rejected, by Bonferroni. A pass is necessary, not sufficient."""
+        return bool(self.p_values.min() > self.alpha / self.ranks.shape[1])
+
+
+@dataclass(frozen=True)
+class PredictiveCheck:
+    """Statistics of the data beside those of data sets that the model draws.
+
+    Attributes:
+        observed: Value of each statistic on the data.
+        replicated: Its values on simulated data sets of the same size, ``(simulations,)`` each.
+    """
+
+    observed: dict[str, float]
+    replicated: dict[str, Tensor]
+
+    @property
+    def p_values(self) -> dict[str, float]:
+        """Two-sided tail probabilities of the observed values among the replicated."""
+        values = {}
+        for name, draws in self.replicated.items():
+            above = int((draws >= self.observed[name]).sum())
+            below = int((draws <= self.observed[name]).sum())
+            values[name] = min(1.0, 2 * (min(above, below) + 1) / (len(draws) + 1))
+        return values
+
+
+@torch.no_grad()
+def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10) -> Decomposition:
+    """Split the bound of a data set into what x and z share, and what q(z) misses of p(z).
+
+    Args:
+        pair: Module with methods ``model`` and ``guide``, latents being vectors.
+        data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches.
+        draws: Data, chosen at random, a draw of whose z meets the mixture of all.
+        particles: Draws of z for each datum in the bound.
+
+    Raises:
+        ValueError: As for `log_likelihood`, or fewer than one draw.
+
+    Example:
+        >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
+        >>> vae = VAE(
+        ...     prior=priors.Normal(2),
+        ...     likelihood=likelihoods.Bernoulli(MLP(2, [], 9)),
+        ...     posterior=posteriors.Normal(MLP(9, [], (2, 2))),
+        ... )
+        >>> decompose(vae, (torch.rand(40, 9) > 0.5).float()).unit_variance.shape
+        torch.Size([2])
+    """
+    if draws < 1:
+        raise ValueError(f"a decomposition takes at least 1 draw, not {draws}")
+    whole = list(batches(data))
+    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    programs = Programs(pair, batch)
+    latent = programs.need_vectors("decompose")
+    halves = bound(pair, whole, particles=particles)
+    rows = torch.randperm(len(batch[0]), device=batch[0].device)[:draws]
+    chosen = tuple(tensor[rows] for tensor in batch)
+    z = programs.draw(chosen, 1)
+    own = programs.log_guide(chosen, z)[0]
+    prior = programs.log_parts(chosen, z)[0][0]
+    scores = torch.cat([programs.log_guide(part, _facing(z, part)) for part in _cut(batch)], 1)
+    mixture = scores.logsumexp(1) - math.log(scores.shape[1])
+    scores[torch.arange(len(rows)), rows.to(scores.device)] = -math.inf
+    others = scores.logsumexp(1) - math.log(max(scores.shape[1] - 1, 1))
+    dimension = _dimension_kl(programs, batch)
+    means = [programs.draw(part, 100).mean(0) for part in _cut(batch, latent * 100)]
+    # The mean of 100 draws varies by a hundredth of q's variance more than the mean does.
+    noise = [programs.draw(part, 100).var(0).mean(0) / 100 for part in _cut(batch, latent * 100)]
+    variance = torch.cat(means).var(0) - torch.stack(noise).mean(0)
+    return Decomposition(
+        float(halves.reconstruction.mean()),
+        float(halves.kl.mean()),
+        float((own - mixture).mean()),
+        float((own - others).mean()),
+        float((mixture - prior).mean()),
+        math.log(len(batch[0])),
+        dimension,
+        variance,
+    )
+
+
+def inference_gap(
+    pair: Pair,
+    data: Rows,
+    *,
+    steps: int = 300,
+    particles: int = 16,
+    samples: int = 5000,
+    log_p: Tensor | None = None,
+) -> InferenceGap:
+    """Say how much of log p(x) the bound loses to amortisation, and how much to q's family.
+
+    Cremer et al. (2018), Inference Suboptimality in Variational Autoencoders: beside q(z|x),
+    Gaussians with diagonal and with full covariance are fitted to each datum alone, by Adam,
+    from the mean and scale of q(z|x).
+
+    Args:
+        pair: Module with methods ``model`` and ``guide``, latents being real vectors.
+        data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches; all of
+            it is fitted at once, so give a few hundred.
+        steps: Steps of Adam.
+        particles: Draws for each datum in a step.
+        samples: Draws for each datum in the estimate of log p(x).
+        log_p: That estimate ``(N,)``, where there is a better one at hand.
+
+    Raises:
+        ValueError: Latents that are not real vectors, or as for `log_likelihood`.
+
+    Example:
+        >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
+        >>> vae = VAE(
+        ...     prior=priors.Normal(1),
+        ...     likelihood=likelihoods.Normal(MLP(1, [], 2), scale=1.0),
+        ...     posterior=posteriors.Normal(MLP(2, [], (2, 1))),
+        ... )
+        >>> inference_gap(vae, torch.zeros(3, 2), steps=5, samples=20).amortized.shape
+        torch.Size([3])
+    """
+    whole = list(batches(data))
+    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    programs = Programs(pair, batch)
+    latent = programs.need_real("inference_gap")
+    if log_p is None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the importance weights")
+            log_p = log_likelihood(pair, batch, samples=samples).log_likelihood
+    with torch.no_grad():
+        z = programs.draw(batch, 100)
+        loc, scale = z.mean(0), z.std(0).clamp(min=1e-4)
+        weights = [programs.weights(batch, 50).mean(0) for _ in range(10)]
+        amortized = torch.stack(weights).mean(0)
+    start = torch.zeros_like(loc), torch.zeros_like(loc)
+    diagonal = _fitted(programs, batch, loc, scale, list(start), steps, particles)
+    full = [*diagonal[1], loc.new_zeros(*loc.shape, latent)]
+    richer = _fitted(programs, batch, loc, scale, full, steps, particles)
+    # A fit that went astray has not found the best of its family: what it began from is in it.
+    optimized = torch.maximum(diagonal[0], amortized) if _diagonal(programs) else diagonal[0]
+    return InferenceGap(log_p, amortized, optimized, torch.maximum(richer[0], optimized))
+
+
+@torch.no_grad()
+def calibration(
+    pair: Pair, data: Rows, *, simulations: int = 500, draws: int = 99, alpha: float = 0.01
+) -> Calibration:
+    """Rank the latents of simulated data among draws of q(z|x).
+
+    Talts et al. (2018), Validating Bayesian Inference Algorithms with Simulation-Based
+    Calibration. Ranked are each latent and log p(x,z), without which q = p(z) would pass.
+
+    Args:
+        pair: Module with methods ``model`` and ``guide``, latents being vectors.
+        data: Data whose shape and context the simulated ones have; their x is not looked at.
+        simulations: Data to simulate, whose context repeats that of `data`.
+        draws: Draws of q for each.
+        alpha: Probability that an exact posterior fails, over all ranks together.
+
+    Raises:
+        ValueError: A likelihood that draws no data of the kind it scores, or too few
+            simulations or draws for the test.
+
+    Example:
+        >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
+        >>> vae = VAE(
+        ...     prior=priors.Normal(2),
+        ...     likelihood=likelihoods.Bernoulli(MLP(2, [], 9)),
+        ...     posterior=posteriors.Normal(MLP(9, [], (2, 2))),
+        ... )
+        >>> calibration(vae, torch.zeros(1, 9)).ranks.shape
+        torch.Size([500, 3])
+    """
+    if simulations < 5 * _BINS or draws < _BINS - 1:
+        raise ValueError(
+            f"the test of calibration needs at least {5 * _BINS} simulations and {_BINS - 1} "
+            f"draws, not {simulations} and {draws}"
+        )
+    given = next(batches(data))
+    programs = Programs(pair, given)
+    latent = programs.need_vectors("calibration")
+    law = programs.observed["fn"]
+    while isinstance(law, Independent):
+        law = law.base_dist
+    if isinstance(law, GreyscaleBernoulli):
+        raise ValueError(
+            "a Bernoulli of grey levels draws black and white where the encoder sees grey: train "
+            "on binarised data to look at its calibration"
+        )
+    rows = torch.arange(simulations, device=given[0].device) % len(given[0])
+    batch, z = programs.simulate(tuple(tensor[rows] for tensor in given))
+    ranks = []
+    size = max(at_a_time(batch) // draws, 1)
+    for start in range(0, simulations, size):
+        part = tuple(tensor[start : start + size] for tensor in batch)
+        true, drawn = z[:, start : start + size], programs.draw(part, draws)
+        scores = programs.log_joint(part, torch.cat([true, drawn]))
+        columns = (drawn < true).sum(0), (scores[1:] < scores[0]).sum(0)[:, None]
+        ranks.append(torch.cat(columns, 1))
+    assert ranks[0].shape[1] == latent + 1
+    return Calibration(torch.cat(ranks), draws, alpha)
+
+
+@torch.no_grad()
+def predictive_check(
+    pair: Pair,
+    data: Rows,
+    statistics: Mapping[str, Callable[[Tensor], Tensor]],
+    *,
+    simulations: int = 100,
+) -> PredictiveCheck:
+    """Hold statistics of the data against those of data sets drawn from the model.
+
+    Box (1980), Sampling and Bayes' Inference in Scientific Modelling and Robustness.
+
+    Args:
+        pair: Module with methods ``model`` and ``guide``.
+        data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches.
+        statistics: By name, functions from data ``(N, *shape)`` to a number.
+        simulations: Data sets to draw, each with as many data under the same context.
+
+    Raises:
+        ValueError: No simulations, or no data.
+
+    Example:
+        >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
+        >>> vae = VAE(
+        ...     prior=priors.Normal(2),
+        ...     likelihood=likelihoods.Bernoulli(MLP(2, [], 9)),
+        ...     posterior=posteriors.Normal(MLP(9, [], (2, 2))),
+        ... )
+        >>> check = predictive_check(vae, torch.ones(40, 9), {"ink": torch.mean})
+        >>> check.observed["ink"], check.p_values["ink"] < 0.05
+        (1.0, True)
+    """
+    if simulations < 1:
+        raise ValueError(f"a predictive check takes at least 1 simulation, not {simulations}")
+    whole = list(batches(data))
+    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    programs = Programs(pair, batch)
+    drawn: dict[str, list[float]] = {name: [] for name in statistics}
+    for _ in range(simulations):
+        x = programs.simulate(batch)[0][0]
+        for name, statistic in statistics.items():
+            drawn[name].append(float(statistic(x)))
+    observed = {name: float(statistic(batch[0])) for name, statistic in statistics.items()}
+    values = {name: torch.tensor(each, dtype=torch.float64) for name, each in drawn.items()}
+    return PredictiveCheck(observed, values)
+
+
+@torch.no_grad()
+def to_arviz(pair: Pair, data: Rows, *, draws: int = 100, samples: int = 1000) -> Any:
+    """Export draws of prior, posterior and both predictives as ArviZ's ``InferenceData``.
+
+    The integrated log p(x), estimated as by `log_likelihood`, is the constant datum
+    ``integrated_log_likelihood``. It is no group ``log_likelihood``: leave-one-out
+    cross-validation by importance sampling does not hold for latents of single data.
+
+    Args:
+        pair: Module with methods ``model`` and ``guide``, latents being vectors.
+        data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches.
+        draws: Draws for each datum.
+        samples: Draws for each datum in the estimate of log p(x).
+
+    Raises:
+        ImportError: ArviZ is not installed; ``pip install 'pyro-vae[arviz]'`` does it.
+    """
+    try:
+        import arviz
+    except ImportError as error:
+        raise ImportError("to_arviz needs ArviZ: pip install 'pyro-vae[arviz]'") from error
+    whole = list(batches(data))
+    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    programs = Programs(pair, batch)
+    programs.need_vectors("to_arviz")
+    name = programs.observed["name"]
+    groups: dict[str, Any] = {}
+    for group, prior in (("prior", True), ("posterior", False)):
+        z = programs.draw(batch, draws, prior=prior)
+        x = torch.stack([programs.predict(batch, each[None]) for each in z])
+        groups[group] = {
+            key: value[None].numpy(force=True) for key, value in programs.split(z).items()
+        }
+        groups[f"{group}_predictive"] = {name: x[None].numpy(force=True)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the importance weights")
+        estimate = log_likelihood(pair, batch, samples=samples)
+    groups["observed_data"] = {name: batch[0].numpy(force=True)}
+    integrated = estimate.log_likelihood.numpy(force=True)
+    groups["constant_data"] = {"integrated_log_likelihood": integrated}
+    return arviz.from_dict(**groups)
+
+
+def _cut(batch: Batch, share: int = 1) -> list[Batch]:
+    """Parts of a batch, each with as many data as are decoded at a time, and at least one."""
+    size = max(at_a_time(batch) // share, 1)
+    starts = range(0, len(batch[0]), size)
+    return [tuple(tensor[start : start + size] for tensor in batch) for start in starts]
+
+
+def _facing(z: Tensor, batch: Batch) -> Tensor:
+    """Latents ``(1, M, latent)`` of M data against each of a batch, ``(M, N, latent)``."""
+    return z.transpose(0, 1).expand(-1, len(batch[0]), -1)
+
+
+def _dimension_kl(programs: Programs, batch: Batch) -> Tensor | None:
+    """Mean over the data of the KL of each latent dimension, where it is in closed form."""
+    totals = []
+    for part in _cut(batch):
+        values = []
+        for prior, posterior in programs.laws(part):
+            if not (isinstance(prior, Independent) and isinstance(posterior, Independent)):
+                return None
+            try:
+                each = kl_divergence(posterior.base_dist, prior.base_dist)
+            except NotImplementedError:
+                return None
+            values.append(each.expand(len(part[0]), *posterior.event_shape).flatten(1))
+        totals.append(torch.cat(values, 1))
+    return torch.cat(totals).mean(0)
+
+
+def _diagonal(programs: Programs) -> bool:
+    """Whether q is a diagonal Gaussian."""
+    laws = [posterior for _, posterior in programs.laws(programs.probe)]
+    inner = [law.base_dist if isinstance(law, Independent) else law for law in laws]
+    return all(isinstance(law, torch.distributions.Normal) for law in inner)
+
+
+def _fitted(
+    programs: Programs,
+    batch: Batch,
+    loc: Tensor,
+    scale: Tensor,
+    start: list[Tensor],
+    steps: int,
+    particles: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """Bound ``(N,)`` of Gaussians ``loc + scale (m + L e)`` that are fitted to each datum.
+
+    `start` holds m, the logarithms of the diagonal of L and, or not, what lies below it.
+    """
+    own = [each.detach().clone().requires_grad_() for each in start]
+    adam = torch.optim.Adam(own, lr=0.05)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1))
+
+    def value(count: int) -> Tensor:
+        noise = torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
+        moved = own[1].exp() * noise
+        if len(own) == 3:
+            moved = moved + torch.einsum("nij,knj->kni", own[2].tril(-1), noise)
+        z = loc + scale * (own[0] + moved)
+        entropy = (own[1] + scale.log()).sum(-1) + (1 + math.log(2 * math.pi)) / 2 * loc.shape[-1]
+        return programs.log_joint(batch, z).mean(0) + entropy
+
+    with torch.enable_grad(), validation(False):
+        for _ in range(steps):
+            gradients = torch.autograd.grad(-value(particles).sum(), own)
+            for each, gradient in zip(own, gradients, strict=True):
+                each.grad = gradient
+            adam.step()
+            falling.step()
+    with torch.no_grad():
+        found = torch.stack([value(50) for _ in range(10)]).mean(0)
+    return found, [each.detach() for each in own]

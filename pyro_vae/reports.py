@@ -1,0 +1,387 @@
+"""Reports on finished runs: the commands evaluate and compare."""
+
+from __future__ import annotations
+
+__all__ = ["compare", "evaluate"]
+
+import csv
+import hashlib
+import io
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyro
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+from pyro_vae import checkpoints, plots
+from pyro_vae.diagnostics import calibration, decompose
+from pyro_vae.evaluation import Estimate, bound, log_likelihood
+from pyro_vae.parts import KINDS, Part
+from pyro_vae.runs import Run, SplitName, dataset_batches, print_paths, score
+from pyro_vae.scoring import Batch
+from pyro_vae.vae import VAE
+
+Array = npt.NDArray[Any]
+
+_BLOCK = 250  # data whose estimates are written at a time
+_ARRAYS = ("log_likelihood", "monte_carlo_error", "effective_sample_size", "pareto_k")
+
+
+def evaluate(
+    run: Run,
+    *,
+    split: SplitName = "test",
+    particles: int = 10,
+    samples: int = 5000,
+    json: bool = False,
+) -> None:
+    """Print what a run is worth: the bound and its parts, L_K with its errors, calibration.
+
+    Arrays of each datum and pictures go to the run's folder. An estimate that was stopped
+    goes on where it was.
+
+    Args:
+        run: The run.
+        split: Split to evaluate.
+        particles: Draws of z for each datum, whose bounds are averaged (without importance
+            weights).
+        samples: Draws K for each datum in the importance-sampling estimate L_K of log p(x); 0
+            for the bound alone.
+        json: Print JSON in place of the table.
+    """
+    vae, part = run.vae(), run.split(split)
+    if samples < 0:
+        raise ValueError(f"L_K takes 1 sample or more, or 0 to leave it out, not {samples}")
+    if not samples and not json:
+        print(score(vae, part, split, particles=particles))
+        return
+    batches = list(dataset_batches(part))
+    batch = tuple(torch.cat(columns) for columns in zip(*batches, strict=True))
+    halves = bound(vae, batches, particles=particles)
+    found: dict[str, Any] = {
+        "run": run.run,
+        "split": split,
+        "data": len(part),
+        "unit": getattr(vae.likelihood, "unit", "nats"),
+        **halves.summary(),
+    }
+    arrays = {key: getattr(halves, key).numpy(force=True) for key in ("reconstruction", "kl")}
+    pictures = {}
+    if samples:
+        estimate = _estimated(run, vae, batch, split, samples)
+        found |= {f"L_{samples}_{key}": value for key, value in estimate.summary().items()}
+        found[f"L_{samples}"] = found.pop(f"L_{samples}_L_{samples}")
+        found["bits_per_dimension"] = estimate.bits_per_dimension
+        found["bits"] = _bits(batch)
+        arrays |= _kept(estimate)
+        pictures["k_hat"] = plots.k_hat(arrays["pareto_k"], estimate.threshold)
+    pyro.set_rng_seed(run.seed)
+    parts = decompose(vae, batch)
+    found |= {"decomposition": parts.summary(), "verdict": parts.verdict}
+    if parts.dimension_kl is not None:
+        arrays["dimension_kl"] = parts.dimension_kl.numpy(force=True)
+        pictures["kl"] = plots.dimensions(arrays["dimension_kl"])
+    try:
+        ranks = calibration(vae, batch)
+    except ValueError as error:
+        found["calibration"] = str(error)
+    else:
+        found["calibration"] = {"p_value": _family(ranks.p_values), "passed": ranks.passed}
+        arrays["ranks"] = ranks.ranks.numpy(force=True)
+        pictures["calibration"] = plots.ranks(arrays["ranks"], ranks.draws)
+    with torch.no_grad():
+        arrays["z"] = torch.cat([vae.encode(*each).sample() for each in batches]).numpy(force=True)
+    labels = None if part.labels is None else part.labels.numpy(force=True)
+    pictures["latents"] = plots.scatter(arrays["z"], labels)
+    _write(Path(run.run) / f"evaluation-{split}.npz", arrays, _key(run, split, samples))
+    paths = [
+        plots.save(figure, Path(run.run) / f"evaluation-{split}-{name}.png")
+        for name, figure in pictures.items()
+    ]
+    if json:
+        print(dumps(_plain(found), indent=2))
+        return
+    print(_table(found, samples, split))
+    print_paths(paths)
+
+
+def compare(
+    runs: Sequence[str],
+    *,
+    by: str = "prior",
+    pair: str = "seed",
+    split: SplitName = "test",
+    out: str = ".",
+) -> None:
+    """Print differences between runs that differ in one setting, paired by another.
+
+    Each run must have been evaluated. Differences are to the runs that have the setting of
+    the first one, with 95 % t-intervals over the pairs.
+
+    Args:
+        runs: The folders of the runs.
+        by: The setting, of config.yaml, that is compared.
+        pair: The setting that tells which runs belong together.
+        split: Split that they were evaluated on.
+        out: Folder for comparison.csv and comparison.tex.
+    """
+    folder = Path(out)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder '{folder}' to write to; make it")
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    kinds = set()
+    for run in runs:
+        with Run(run).settings() as settings:
+            for key in (by, pair):
+                if key not in settings:
+                    raise ValueError(f"'{run}' has no setting '{key}' in its config.yaml")
+            variant, partner = (_named(settings[key], key) for key in (by, pair))
+        values, samples = _values(run, split)
+        kinds.add(samples)
+        if partner in table.setdefault(variant, {}):
+            raise ValueError(
+                f"these runs cannot be paired: two have {by} {variant} and {pair} {partner}; give "
+                f"one of them, or another --pair"
+            )
+        table[variant][partner] = values
+    if len(kinds) > 1:
+        raise ValueError(
+            "these runs cannot be paired: they were evaluated on other data or with another "
+            "number of samples; evaluate them alike"
+        )
+    if len(table) < 2:
+        raise ValueError(f"these runs cannot be compared by {by}: all have {next(iter(table))}")
+    rows = _differences(table, by, pair)
+    print(_text(rows))
+    content = io.StringIO()
+    writer = csv.DictWriter(content, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoints.write(folder / "comparison.csv", content.getvalue().encode())
+    checkpoints.write(folder / "comparison.tex", _latex(rows).encode())
+    print(f"{folder / 'comparison.csv'}, {folder / 'comparison.tex'}")
+
+
+def _estimated(run: Run, vae: VAE, batch: Batch, split: str, samples: int) -> Estimate:
+    """L_K of all data, block by block, going on with the blocks that are there."""
+    path = Path(run.run) / f"evaluation-{split}.part.npz"
+    key, size = _key(run, split, samples), len(batch[0])
+    kept = _read(path, key) or _read(path.with_name(f"evaluation-{split}.npz"), key)
+    done = [_restored(kept, samples)] if kept else []
+    start = len(done[0].log_likelihood) if done else 0
+    with tqdm(total=size, initial=start, unit="datum", desc=f"L_{samples}", leave=False) as bar:
+        while start < size:
+            pyro.set_rng_seed(run.seed + start)  # a resumed estimate is the same
+            rows = tuple(tensor[start : start + _BLOCK] for tensor in batch)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "the importance weights")
+                done.append(log_likelihood(vae, rows, samples=samples))
+            start += len(rows[0])
+            bar.update(len(rows[0]))
+            _write(path, _kept(Estimate.joined(done)), key)
+    path.unlink(missing_ok=True)
+    return Estimate.joined(done)
+
+
+def _kept(estimate: Estimate) -> dict[str, Array]:
+    """An estimate as arrays of a file."""
+    arrays = {name: getattr(estimate, name).numpy(force=True) for name in _ARRAYS}
+    return {**arrays, "dimensions": np.array(estimate.dimensions or 0)}
+
+
+def _restored(arrays: Mapping[str, Array], samples: int) -> Estimate:
+    """The estimate that a file holds."""
+    values: Any = {name: torch.as_tensor(arrays[name]) for name in _ARRAYS}
+    return Estimate(**values, samples=samples, dimensions=int(arrays["dimensions"]) or None)
+
+
+def _key(run: Run, split: str, samples: int) -> str:
+    """What an estimate depends on, in words."""
+    weights = Path(run.run) / f"{run.weights}.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    return f"{digest} {split} {run.data or ''} seed {run.seed} samples {samples}"
+
+
+def _read(path: Path, key: str) -> dict[str, Array] | None:
+    """Arrays that were written under this key."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as file:
+            same = str(file["key"]) == key
+            there = same and set(_ARRAYS) <= set(file.files)
+            return {name: file[name] for name in file.files if name != "key"} if there else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _write(path: Path, arrays: Mapping[str, Array], key: str) -> None:
+    content = io.BytesIO()
+    values: dict[str, Any] = {**arrays, "key": np.array(key)}
+    np.savez(content, **values)
+    checkpoints.write(path, content.getvalue())
+
+
+def _bits(batch: Batch) -> str:
+    """What an integer of the data stands for."""
+    top = float(batch[0].max())
+    return "1 bit" if top <= 1 else "8 bit" if top <= 255 else "whole numbers"
+
+
+def _family(p_values: torch.Tensor) -> float:
+    return min(1.0, float(p_values.min()) * len(p_values))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers that JSON knows; what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(found: Mapping[str, Any], samples: int, split: str) -> str:
+    """Rows of a name, a value and what is to be said of it."""
+    parts = found["decomposition"]
+    rows: list[tuple[str, str | float, str]] = []
+    if samples:
+        name = f"L_{samples}"
+        share, median = found[f"{name}_unreliable"], found[f"{name}_pareto_k"]
+        rows.append((name, found[name], f"± {found[f'{name}_standard_error']:.2f} over data"))
+        said = "unreliable where k-hat is high" if share else "by the draws of z"
+        rows.append(("  Monte Carlo error", f"{found[f'{name}_monte_carlo_error']:.4f}", said))
+        rows.append(("  k-hat, median", median, f"too high for {share:.1%} of the data"))
+        size = f"{found[f'{name}_effective_sample_size']:.0f}"
+        rows.append(("  effective sample size", size, f"of {samples:,}, median"))
+        if found["bits_per_dimension"] is not None:
+            rows.append(("  bits per dimension", found["bits_per_dimension"], found["bits"]))
+    rows += [
+        ("ELBO", found["elbo"], f"± {found['standard_error']:.2f} over data"),
+        ("  reconstruction", found["reconstruction"], "minus the distortion"),
+        ("  KL", found["kl"], "the rate"),
+        (
+            "    mutual information",
+            parts["mutual_information"],
+            f"of at most log N = {parts['log_count']:.2f}; "
+            f"{parts['mutual_information_without_itself']:.2f} without itself",
+        ),
+        ("    marginal KL", parts["marginal_kl"], "of the aggregated posterior"),
+        ("  active units", f"{parts['active_units']:.0f}", f"of {parts['units']:.0f}"),
+    ]
+    if isinstance(found["calibration"], str):
+        calibrated = f"calibration: {found['calibration']}"
+    else:
+        passed = "passes" if found["calibration"]["passed"] else "fails"
+        p = found["calibration"]["p_value"]
+        calibrated = (
+            f"calibration of q on simulated data {passed} at 1 % (p = {p:.2g} over all ranks); a "
+            f"pass is necessary, not sufficient"
+        )
+    lines = [f"{split}: {found['unit']}, per datum, means over {found['data']:,} data"]
+    for name, value, said in rows:
+        shown = value if isinstance(value, str) else f"{value:.2f}"
+        lines.append(f"{name:26}{shown:>9}  {said}")
+    return "\n".join([*lines, found["verdict"], calibrated])
+
+
+def _named(setting: Any, key: str) -> str:
+    """A setting in a word, the class of a part with its options."""
+    if key in KINDS and setting is not None:
+        part = setting if isinstance(setting, Part) else Part.of(setting)
+        options = ", ".join(f"{name}={value}" for name, value in part.options.items())
+        name = str(part.name).rpartition(".")[2]
+        return f"{name}({options})" if options else name
+    return str(setting)
+
+
+def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, int]]:
+    """Means of an evaluated run, and what other runs must have in common with it."""
+    path = Path(run) / f"evaluation-{split}.npz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"'{run}' has not been evaluated: run `pyro-vae evaluate {run} --split {split}` first"
+        )
+    try:
+        with np.load(path) as file:
+            elbo = file["reconstruction"] - file["kl"]
+            samples = str(file["key"]).rpartition(" ")[2]
+            values = {"ELBO": float(elbo.mean())}
+            if "log_likelihood" in file.files:
+                values[f"L_{samples}"] = float(file["log_likelihood"].mean())
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}") from error
+    return values, (samples, len(elbo))
+
+
+def _differences(
+    table: Mapping[str, Mapping[str, Mapping[str, float]]], by: str, pair: str
+) -> list[dict[str, Any]]:
+    """For each variant its means, and its paired differences to the first one."""
+    base_name, base = next(iter(table.items()))
+    rows = []
+    for variant, runs in table.items():
+        partners = sorted(runs.keys() & base.keys())
+        if not partners:
+            raise ValueError(
+                f"these runs cannot be paired: {by} {variant} and {base_name} have no {pair} in "
+                f"common"
+            )
+        row: dict[str, Any] = {by: variant, "pairs": len(partners)}
+        for key in next(iter(base.values())):
+            gains = np.array([runs[each][key] - base[each][key] for each in partners])
+            row[key] = float(np.mean([runs[each][key] for each in partners]))
+            row[f"{key} difference"] = float(gains.mean())
+            half = math.nan
+            if len(gains) > 1:
+                half = float(stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains))
+            row[f"{key} low"], row[f"{key} high"] = (
+                row[f"{key} difference"] - half,
+                row[f"{key} difference"] + half,
+            )
+        rows.append(row)
+    return rows
+
+
+def _cells(row: Mapping[str, Any], first: bool) -> list[str]:
+    """A row in words: values, and differences with their intervals."""
+    cells = []
+    for key, value in row.items():
+        if key.endswith((" low", " high")):
+            continue
+        if not key.endswith(" difference"):
+            cells.append(f"{value:.2f}" if isinstance(value, float) else str(value))
+        elif first:
+            cells.append("")
+        else:
+            name = key.removesuffix(" difference")
+            low, high = row[f"{name} low"], row[f"{name} high"]
+            interval = "" if math.isnan(low) else f" ({low:+.2f} to {high:+.2f})"
+            cells.append(f"{value:+.2f}{interval}")
+    return cells
+
+
+def _text(rows: Sequence[Mapping[str, Any]]) -> str:
+    heads = [key for key in rows[0] if not key.endswith((" low", " high"))]
+    lines = [heads, *(_cells(row, index == 0) for index, row in enumerate(rows))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _latex(rows: Sequence[Mapping[str, Any]]) -> str:
+    heads = [key for key in rows[0] if not key.endswith((" low", " high"))]
+    lines = [heads, *(_cells(row, index == 0) for index, row in enumerate(rows))]
+    escaped = [" & ".join(cell.replace("_", r"\_") for cell in line) + r" \\" for line in lines]
+    columns = "l" + "r" * (len(heads) - 1)
+    head, *body = escaped
+    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    return "\n".join([begin, r"\hline", head, r"\hline", *body, r"\hline", end, ""])

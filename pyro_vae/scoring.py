@@ -1,0 +1,342 @@
+"""Scoring: draws of a pair's latents, and the log-densities of each datum at them."""
+
+from __future__ import annotations
+
+__all__ = ["Batch", "Pair", "Programs", "Rows", "at_a_time", "batches", "validation"]
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+from pyro_vae.importance import Spread, data_dim, each_datum, latents, unscaled
+from pyro_vae.splits import Split
+
+Batch = tuple[Tensor, ...]
+Rows = Split | Tensor | Batch | Iterable[Batch]
+
+_ROWS = 1000  # of a split that become floating-point numbers at a time
+_ELEMENTS = 2**20  # of x that are decoded at a time, as many as fit into a processor's cache
+
+
+class Pair(Protocol):
+    """A Pyro model and guide over a batch ``(x, *context)``, as methods of one module."""
+
+    def model(self, *batch: Any) -> Any:
+        """The generative program."""
+
+    def guide(self, *batch: Any) -> Any:
+        """The approximate posterior of its latent sites."""
+
+
+def batches(data: Rows) -> Iterator[Batch]:
+    """Cut data into batches ``(x, *context)``.
+
+    Args:
+        data: A split, a tensor ``(N, *shape)``, one batch, or batches.
+
+    Raises:
+        ValueError: There are no data.
+    """
+    if isinstance(data, Tensor):
+        data = (data,)
+    single = isinstance(data, tuple) and data and isinstance(data[0], Tensor)
+    parts = data.batches(_ROWS) if isinstance(data, Split) else [data] if single else data
+    empty = True
+    for batch in cast("Iterable[Batch]", parts):
+        if len(batch[0]):
+            empty = False
+            yield batch
+    if empty:
+        raise ValueError("there are no data to evaluate")
+
+
+def at_a_time(batch: Batch) -> int:
+    """How many draws to decode at a time, for data like those of a batch."""
+    return max(_ELEMENTS // max(batch[0][0].numel(), 1), 1)
+
+
+class Programs:
+    """A pair, made ready to draw and to score several latents for each datum.
+
+    Latents outside the plate ``data`` are drawn once, here. Where networks take no leading
+    dimensions, or give another density under them, particles are scored one by one.
+
+    Args:
+        pair: Module with methods ``model`` and ``guide``.
+        batch: A batch ``(x, *context)`` to try it on.
+
+    Attributes:
+        pair: The pair.
+        sites: The latents of each datum by name, as the model has them on the batch.
+        observed: The observed site of each datum.
+        vectorized: Whether particles are scored together.
+        probe: The first data of the batch.
+        shared: ``log p - log q`` of the latents outside the plate, and the log-density of
+            what is observed there.
+
+    Raises:
+        ValueError: A program cannot run on the batch, or observes nothing of each datum.
+    """
+
+    def __init__(self, pair: Pair, batch: Batch) -> None:
+        self.pair = pair
+        self._rank, self._shared = 9, Trace()  # more than plates nest, until that is known
+        self.probe = rows = tuple(tensor[:3] for tensor in batch)
+        with torch.no_grad():
+            with _worded("guide", rows):
+                guided = self._scored(pair.guide, rows, 1)
+            with _worded("model", rows):
+                modelled = self._scored(pair.model, rows, 1, guided)
+            self._check(modelled, guided)
+            self.shared = sum(
+                (sign * unscaled(site)["log_prob"].sum())
+                for trace, sign in ((modelled, 1), (guided, -1))
+                for site in _samples(trace)
+                if data_dim(site) is None
+            )
+            for name, site in latents(guided):
+                if data_dim(site) is None:
+                    self._shared.add_node(name, **site)
+            self.vectorized = self._vectorizes(rows) and self._vectorizes(rows, 2)
+
+    def _check(self, modelled: Trace, guided: Trace) -> None:
+        frames = [f for site in _samples(modelled) for f in site["cond_indep_stack"]]
+        self._rank = 1 + max([1, *(-frame.dim for frame in frames if frame.vectorized)])
+        self.sites = {name: site for name, site in latents(modelled) if data_dim(site) is not None}
+        seen = [site for site in _samples(modelled) if site["is_observed"]]
+        if not seen:
+            raise ValueError("the model observes no data: none of its sites has obs=x")
+        seen = [site for site in seen if data_dim(site) is not None]
+        if not seen:
+            raise ValueError(
+                "the model observes nothing of each datum: put the site with obs=x into a plate "
+                "named 'data'"
+            )
+        if missing := sorted(self.sites.keys() - guided.nodes.keys()):
+            raise ValueError(
+                f"the guide draws no site '{missing[0]}', which is latent in the model"
+            )
+        self.observed = seen[0]
+
+    def _vectorizes(self, rows: Batch, count: int = 5) -> bool:
+        """Whether some particles at once have the densities that they have one by one."""
+        rows = tuple(tensor[:count] for tensor in rows)
+        try:
+            guided = self._scored(self.pair.guide, rows, count)
+            together = self._sum(self._scored(self.pair.model, rows, count, guided), rows, count)
+            together = torch.stack([together, self._sum(guided, rows, count)])
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False
+        for k in range(count):
+            one = self._one(guided, k, count)
+            scores = [
+                self._sum(self._scored(program, rows, 1, one), rows, 1)
+                for program in (self.pair.model, self.pair.guide)
+            ]
+            if not torch.allclose(torch.cat(scores), together[:, k], 1e-3, 1e-3, True):
+                return False
+        return True
+
+    def _one(self, trace: Trace, k: int, count: int) -> Trace:
+        """The trace with one of several particles."""
+        trace = trace.copy()
+        for name, site in latents(trace):
+            value = site["value"]
+            if value.dim() - len(site["fn"].event_shape) == self._rank and len(value) == count:
+                value = value[k].reshape(value.shape[1:])
+            trace.nodes[name] = {**site, "value": value}
+        return trace
+
+    def weights(self, batch: Batch, count: int) -> Tensor:
+        """Log-weights ``log p(x,z) - log q(z|x)`` of draws ``z ~ q(z|x)``, ``(count, N)``."""
+        if not self.vectorized and count > 1:
+            return torch.cat([self.weights(batch, 1) for _ in range(count)])
+        guided = self._scored(self.pair.guide, batch, count)
+        modelled = self._scored(self.pair.model, batch, count, guided)
+        return self._sum(modelled, batch, count) - self._sum(guided, batch, count)
+
+    def draw(self, batch: Batch, count: int, *, prior: bool = False) -> Tensor:
+        """Latents ``(count, N, latent)`` of q(z|x), or of the prior, all sites side by side."""
+        if not self.vectorized and count > 1:
+            return torch.cat([self.draw(batch, 1, prior=prior) for _ in range(count)])
+        program = self.pair.model if prior else self.pair.guide
+        trace = self._trace(program, batch, count)
+        return self._flat({name: trace.nodes[name]["value"] for name in self.sites}, batch, count)
+
+    def log_joint(self, batch: Batch, z: Tensor) -> Tensor:
+        """``log p(x,z)`` ``(K, N)`` at latents ``(K, N, latent)``."""
+        latent, observed = self.log_parts(batch, z)
+        return latent + observed
+
+    def log_parts(self, batch: Batch, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``log p(z)`` and ``log p(x|z)``, each ``(K, N)``, at latents ``(K, N, latent)``."""
+        latent, observed = self._at(self.pair.model, batch, z)
+        return latent, observed
+
+    def log_guide(self, batch: Batch, z: Tensor) -> Tensor:
+        """``log q(z|x)`` ``(K, N)`` at latents ``(K, N, latent)``."""
+        return self._at(self.pair.guide, batch, z).sum(0)
+
+    def simulate(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """Data of the model with the context of a batch, and their latents ``(1, N, latent)``."""
+        program = poutine.uncondition(self.pair.model)
+        with torch.no_grad():
+            trace = self._trace(program, batch, 1)
+        x = trace.nodes[self.observed["name"]]["value"]
+        if x.shape != batch[0].shape:
+            raise ValueError(
+                f"the model draws data of shape {tuple(x.shape)} where the batch has "
+                f"{tuple(batch[0].shape)}: x must be its observed site"
+            )
+        z = self._flat({name: trace.nodes[name]["value"] for name in self.sites}, batch, 1)
+        return (x, *batch[1:]), z
+
+    def predict(self, batch: Batch, z: Tensor) -> Tensor:
+        """Draws ``x ~ p(x|z)``, ``(N, *shape)``, at latents ``(1, N, latent)``."""
+        program = poutine.uncondition(self.pair.model)
+        trace = self._trace(program, batch, 1, self._given(z))
+        x: Tensor = trace.nodes[self.observed["name"]]["value"]
+        return x
+
+    def laws(self, batch: Batch) -> list[tuple[Any, Any]]:
+        """The distributions of each latent site of the data, in the model and in the guide."""
+        guided = self._trace(self.pair.guide, batch, 1)
+        modelled = self._trace(self.pair.model, batch, 1, guided)
+        return [(modelled.nodes[name]["fn"], guided.nodes[name]["fn"]) for name in self.sites]
+
+    def split(self, z: Tensor) -> dict[str, Tensor]:
+        """Latents ``(K, N, latent)`` by the names of their sites, ``(K, N, *shape)`` each."""
+        values, start = dict[str, Tensor](), 0
+        for name, site in self.sites.items():
+            shape = site["fn"].event_shape
+            value = z[..., start : start + shape.numel()]
+            values[name] = value.reshape(*z.shape[:-1], *shape).to(site["value"].dtype)
+            start += shape.numel()
+        return values
+
+    def need_vectors(self, what: str) -> int:
+        """Return the number of latents of each datum.
+
+        Raises:
+            ValueError: There are none, or they lie in further plates, or some are shared by all
+                data, which `what` cannot do with.
+        """
+        advice = "use log_likelihood, which needs draws only"
+        for name, site in self.sites.items():
+            if len([f for f in site["cond_indep_stack"] if f.vectorized]) > 1:
+                raise ValueError(f"{what} needs latents in one plate, '{name}' has more: {advice}")
+        if names := list(self._shared.nodes):
+            raise ValueError(
+                f"{what} needs latents of each datum, and '{names[0]}' is one for all: {advice}"
+            )
+        if not self.sites:
+            raise ValueError(f"{what} needs latents, and the model has none")
+        return sum(site["fn"].event_shape.numel() for site in self.sites.values())
+
+    def need_real(self, what: str) -> int:
+        """As `need_vectors`, of real latents only.
+
+        Raises:
+            ValueError: As there, or some are discrete or constrained.
+        """
+        for name, site in self.sites.items():
+            if not _unbounded(site["fn"].support):
+                kind = "discrete" if site["fn"].support.is_discrete else "constrained"
+                raise ValueError(
+                    f"{what} needs real latents, and '{name}' is {kind}: use log_likelihood, "
+                    f"which needs draws only"
+                )
+        return self.need_vectors(what)
+
+    def _at(self, program: Callable[..., Any], batch: Batch, z: Tensor) -> Tensor:
+        """Log-densities ``(2, K, N)`` of latents and of what is observed."""
+        count = len(z)
+        if not self.vectorized and count > 1:
+            return torch.cat([self._at(program, batch, one) for one in z.split(1)], 1)
+        trace = self._scored(program, batch, count, self._given(z))
+        return self._halves(trace, batch, count)
+
+    def _given(self, z: Tensor) -> Trace:
+        """Latents ``(K, N, latent)`` as a trace to replay."""
+        given = Trace()
+        for name, value in self.split(z).items():
+            own = value[0] if len(z) == 1 else value
+            given.add_node(name, **{**self.sites[name], "value": own})
+        return given
+
+    def _flat(self, values: dict[str, Tensor], batch: Batch, count: int) -> Tensor:
+        parts = []
+        for name, site in self.sites.items():
+            shape = site["fn"].event_shape
+            parts.append(values[name].expand(count, len(batch[0]), *shape).flatten(2))
+        return torch.cat(parts, -1) if parts else batch[0].new_zeros(count, len(batch[0]), 0)
+
+    def _trace(
+        self, program: Callable[..., Any], batch: Batch, count: int, given: Trace | None = None
+    ) -> Trace:
+        program = Spread(count, -self._rank)(program)
+        for trace in (self._shared, given):
+            program = poutine.replay(program, trace=trace) if trace else program
+        return prune_subsample_sites(poutine.trace(program).get_trace(*batch))
+
+    def _scored(
+        self, program: Callable[..., Any], batch: Batch, count: int, given: Trace | None = None
+    ) -> Trace:
+        trace = self._trace(program, batch, count, given)
+        trace.compute_log_prob()
+        return trace
+
+    def _sum(self, trace: Trace, batch: Batch, count: int) -> Tensor:
+        """The log-densities of all sites of each datum ``(count, N)``, in double precision."""
+        return self._halves(trace, batch, count).sum(0)
+
+    def _halves(self, trace: Trace, batch: Batch, count: int) -> Tensor:
+        """The sums ``(2, count, N)`` over latents and over what is observed."""
+        shape = count, len(batch[0])
+        halves = [batch[0].new_zeros(shape, dtype=torch.float64) for _ in range(2)]
+        for site in _samples(trace):
+            if data_dim(site) is not None:
+                half = int(site["is_observed"])
+                halves[half] = halves[half] + each_datum(unscaled(site), self._rank, count)
+        return torch.stack(halves)
+
+
+def _samples(trace: Trace) -> list[dict[str, Any]]:
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
+
+
+def _unbounded(support: constraints.Constraint) -> bool:
+    while hasattr(support, "base_constraint"):  # of independent elements, or of a mixture
+        support = support.base_constraint
+    return support in (constraints.real, constraints.real_vector)
+
+
+@contextlib.contextmanager
+def validation(enabled: bool) -> Iterator[None]:
+    """Set the validation of Pyro and torch for a while, and leave both as they were."""
+    before = Distribution._validate_args
+    try:
+        with pyro.validation_enabled(enabled):
+            yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+@contextlib.contextmanager
+def _worded(program: str, rows: Batch) -> Iterator[None]:
+    """Say in one sentence that a program does not run on data of this shape."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        reason = " ".join(str(error).partition("Trace Shapes")[0].split())
+        raise ValueError(
+            f"the {program} cannot run on data of shape {tuple(rows[0].shape[1:])}: {reason}"
+        ) from error

@@ -1,0 +1,186 @@
+"""The commands evaluate and compare: what they print, keep and refuse."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats
+
+from pyro_vae import checkpoints, data, load, reports
+from pyro_vae.cli import main
+from pyro_vae.evaluation import log_likelihood
+
+TRAIN = "train --epochs 1 --hidden 16 --latent 2"
+pytestmark = pytest.mark.filterwarnings("ignore:the importance weights")
+
+
+def call(line):
+    return main(line.split())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two priors, two seeds each, all evaluated."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        for prior in ("Normal", "Laplace"):
+            run = folder / f"{prior}-{seed}"
+            assert call(f"{TRAIN} --prior {prior} --seed {seed} --out {run}") == 0
+            assert call(f"evaluate {run} --samples 50") == 0
+    return folder
+
+
+@pytest.fixture
+def copy(runs, tmp_path):
+    """A copy of a run that a test may change."""
+    return shutil.copytree(runs / "Normal-0", tmp_path / "run")
+
+
+def arrays(run):
+    with np.load(run / "evaluation-test.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_the_table_the_json_and_the_arrays_agree(copy, capsys):
+    assert call(f"evaluate {copy} --samples 50 --json") == 0
+    found = json.loads(capsys.readouterr().out)
+    kept = arrays(copy)
+    assert found["L_50"] == pytest.approx(kept["log_likelihood"].mean())
+    assert found["elbo"] == pytest.approx((kept["reconstruction"] - kept["kl"]).mean())
+    assert found["L_50_standard_error"] == pytest.approx(stats.sem(kept["log_likelihood"]))
+    assert found["bits_per_dimension"] == pytest.approx(-found["L_50"] / 64 / np.log(2))
+    assert found["bits"] == "1 bit"
+    assert kept["ranks"].shape == (500, 3)
+    assert call(f"evaluate {copy} --samples 50") == 0
+    table = capsys.readouterr().out
+    assert f"{found['L_50']:.2f}  ± {found['L_50_standard_error']:.2f} over data" in table
+    assert found["verdict"] in table
+    for name in ("k_hat", "kl", "calibration", "latents"):
+        picture = copy / f"evaluation-test-{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert str(picture) in table
+
+
+def test_the_estimates_are_those_of_the_vae_that_load_gives(copy):
+    part = data.load("digits", view=data.dynamic).test
+    batch = next(part.batches(1000, torch.Generator().manual_seed(0)))
+    estimate = log_likelihood(load(copy), batch, samples=2000)
+    apart = np.abs(arrays(copy)["log_likelihood"] - estimate.log_likelihood.numpy())
+    error = np.hypot(arrays(copy)["monte_carlo_error"], estimate.monte_carlo_error.numpy())
+    assert np.median(apart / error) < 2
+
+
+def test_a_stopped_estimate_goes_on_and_ends_the_same(copy, monkeypatch, capsys):
+    monkeypatch.setattr(reports, "_BLOCK", 50)
+    stop = 0
+    true, counts = reports.log_likelihood, []
+
+    def stopping(vae, rows, **options):
+        counts.append(len(rows[0]))
+        if len(counts) == stop:
+            raise KeyboardInterrupt
+        return true(vae, rows, **options)
+
+    monkeypatch.setattr(reports, "log_likelihood", stopping)
+    assert call(f"evaluate {copy} --samples 40") == 0
+    expected = arrays(copy)["log_likelihood"]
+    (copy / "evaluation-test.npz").unlink()
+    counts.clear()
+    stop = 3
+    assert call(f"evaluate {copy} --samples 40") == 1
+    stop = 0
+    assert (copy / "evaluation-test.part.npz").exists()
+    assert call(f"evaluate {copy} --samples 40") == 0
+    assert counts == [50, 50, 50, 50, 30]
+    assert np.array_equal(arrays(copy)["log_likelihood"], expected)
+    assert not (copy / "evaluation-test.part.npz").exists()
+    counts.clear()
+    assert call(f"evaluate {copy} --samples 40") == 0  # all of it is there
+    assert counts == []
+    assert call(f"evaluate {copy} --samples 30") == 0  # another estimate
+    assert counts == [50, 50, 50, 30]
+
+
+def test_new_weights_make_a_new_estimate(copy):
+    before = arrays(copy)["log_likelihood"]
+    vae = load(copy)
+    with torch.no_grad():
+        vae.likelihood.network.last.bias.add_(1)
+    checkpoints.save(vae, copy / "best.safetensors")
+    assert call(f"evaluate {copy} --samples 50") == 0
+    assert arrays(copy)["log_likelihood"].mean() < before.mean() - 1
+
+
+def test_differences_are_paired(runs, tmp_path, capsys):
+    places = " ".join(
+        str(runs / f"{prior}-{s}") for prior in ("Normal", "Laplace") for s in (0, 1)
+    )
+    assert call(f"compare {places} --by prior --pair seed --out {tmp_path}") == 0
+    means = {
+        path.name: arrays(path)["log_likelihood"].mean()
+        for path in runs.iterdir()
+        if path.is_dir()
+    }
+    gains = [means[f"Laplace-{s}"] - means[f"Normal-{s}"] for s in (0, 1)]
+    low, high = stats.t.interval(0.95, 1, np.mean(gains), stats.sem(gains))
+    first, second = csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines())
+    assert first["pairs"] == second["pairs"] == "2"
+    assert float(second["L_50 difference"]) == pytest.approx(np.mean(gains))
+    assert float(second["L_50 low"]) == pytest.approx(low)
+    assert float(second["L_50 high"]) == pytest.approx(high)
+    shown = f"{np.mean(gains):+.2f} ({low:+.2f} to {high:+.2f})"
+    assert shown in capsys.readouterr().out
+    latex = (tmp_path / "comparison.tex").read_text()
+    assert shown in latex
+    assert latex.count("&") == 15
+    assert r"L\_50" in latex
+
+
+def sentence(line, capsys):
+    capsys.readouterr()
+    assert call(line) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_what_cannot_be_compared_is_said(runs, copy, tmp_path, capsys):
+    one, other = runs / "Normal-0", runs / "Laplace-1"
+    assert "have no seed in common" in sentence(f"compare {one} {other}", capsys)
+    said = sentence(f"compare {one} {copy} {other}", capsys)
+    assert "cannot be paired: two have prior Normal" in said
+    said = sentence(f"compare {one} {runs / 'Normal-1'}", capsys)
+    assert "cannot be compared by prior: all have Normal" in said
+    assert "has no setting 'hue'" in sentence(f"compare {one} --by hue", capsys)
+    assert "no folder 'nowhere'" in sentence(f"compare {one} --out nowhere", capsys)
+    assert "'compare' needs RUNS: the folders of runs" in sentence("compare", capsys)
+    settings = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump({**settings, "lr": 0.5}))
+    assert call(f"evaluate {copy} --samples 20") == 0
+    said = sentence(f"compare {one} {copy} --by lr", capsys)
+    assert "another number of samples; evaluate them alike" in said
+    (copy / "evaluation-test.npz").unlink()
+    said = sentence(f"compare {one} {copy} --by lr", capsys)
+    assert said.endswith("--split test` first")
+
+
+def test_bad_runs_are_refused_in_a_sentence(copy, capsys):
+    assert "0 to leave it out, not -1" in sentence(f"evaluate {copy} --samples -1", capsys)
+    np.save(copy / "wide.npy", np.zeros((50, 9, 9), np.float32))
+    said = sentence(f"evaluate {copy} --data {copy / 'wide.npy'}", capsys)
+    assert "was trained on data of shape (1, 8, 8)" in said
+    (copy / "best.safetensors").unlink()
+    assert "there are no weights at" in sentence(f"evaluate {copy}", capsys)
+
+
+def test_grey_levels_are_labelled_and_have_no_calibration(tmp_path, capsys):
+    run = tmp_path / "grey"
+    options = "--likelihood.greyscale true --binarisation none"
+    assert call(f"{TRAIN} --likelihood Bernoulli {options} --out {run}") == 0
+    assert call(f"evaluate {run} --samples 20") == 0
+    table = capsys.readouterr().out
+    assert "cross-entropy of grey levels and not a likelihood" in table
+    assert "draws black and white where the encoder sees grey" in table
+    assert "bits per dimension" not in table
