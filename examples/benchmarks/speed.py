@@ -34,7 +34,7 @@ import numpy as np
 from contenders import CONTENDERS, SIZES
 
 FOLDER = Path(__file__).parent
-OURS = "pyro_vae"
+OURS, FIRST = "pyro_vae", "784-400-20"
 MARKS = "<!-- speed.py writes from here -->", "<!-- to here -->"
 PACKAGES = ["torch", "pyro-ppl", "jax", "numpyro", "pythae", "torchvision", "numpy"]
 ROWS = 60_000  # images of an epoch, to which a part is scaled
@@ -322,13 +322,20 @@ def machine(options):
     }
 
 
+def where(results):
+    """The machine, the versions and the rounds, in a sentence."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; Python "
+        f"{machine['python']}, {versions}; medians of {results['rounds']} rounds."
+    )
+
+
 def report(results):
     """Markdown of everything in the results."""
-    where = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     parts = [
-        f"{where['processor']}, {where['cores']} cores, {where['threads']} threads; Python "
-        f"{where['python']}, {versions}; medians of {results['rounds']} rounds.",
+        where(results),
         promises(results),
         *(table(size, rows) for size, rows in results["sizes"].items()),
     ]
@@ -337,13 +344,12 @@ def report(results):
     return "\n\n".join(part for part in parts if part)
 
 
-def write(results, page):
-    """Put the report between its two marks on a page."""
+def write(text, page):
+    """Put a text between the two marks on a page."""
     first, last = MARKS
     before, rest = page.read_text().split(first)
     _, after = rest.split(last)
-    chart = "![Milliseconds per step of every contender](results/speed.png)"
-    page.write_text(f"{before}{first}\n\n{report(results)}\n\n{chart}\n\n{last}{after}")
+    page.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}")
 
 
 def draw(results):
@@ -457,7 +463,12 @@ def main():
         if results["sizes"]:
             draw(results).savefig(file.with_suffix(".png"))
     if options.readme:
-        write(results, FOLDER / "README.md")
+        chart = "![Milliseconds per step of every contender](results/speed.png)"
+        write(f"{report(results)}\n\n{chart}", FOLDER / "README.md")
+        write(
+            f"{where(results)}\n\n{table(FIRST, results['sizes'][FIRST])}",
+            FOLDER.parents[1] / "README.md",
+        )
     print(report(results))
 
 
