@@ -156,6 +156,15 @@ SUITS = {
 }
 
 
+def built(prior: str, likelihood: str, posterior: str, x: torch.Tensor) -> VAE:
+    """The VAE of these parts for x, its encoder fed as their likelihood and x need it."""
+    q, p = POSTERIORS[posterior](), LIKELIHOODS[likelihood]()
+    q.network.transform = p.encoded
+    if x.isnan().any():
+        q.network = MLP(2 * WORDS, [16], q.network.output, transform=FILL)
+    return VAE(PRIORS[prior](x, q), p, q)
+
+
 def outcome(prior: str, likelihood: str, posterior: str, objective: str, kind: str) -> str:
     """Train the combination: an empty string, or the sentence by which it is refused.
 
@@ -166,11 +175,7 @@ def outcome(prior: str, likelihood: str, posterior: str, objective: str, kind: s
     pyro.set_rng_seed(0)
     x = kinds()[kind]
     try:
-        q, p = POSTERIORS[posterior](), LIKELIHOODS[likelihood]()
-        q.network.transform = p.encoded
-        if x.isnan().any():
-            q.network = MLP(2 * WORDS, [16], q.network.output, transform=FILL)
-        vae = VAE(PRIORS[prior](x, q), p, q)
+        vae = built(prior, likelihood, posterior, x)
     except (ValueError, TypeError) as error:
         return str(error)
     before = [parameter.clone() for parameter in vae.parameters()]

@@ -3,9 +3,14 @@
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
+import pyro
 import pytest
+import torch
+
+from pyro_vae import CompiledSVI
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -82,3 +87,22 @@ def test_what_lies_outside_the_support_is_refused():
 def test_the_readme_counts_them():
     readme = (EXAMPLES.parent / "README.md").read_text()
     assert f"{len(CELLS)} pairs and 100 random fours" in readme
+
+
+@pytest.mark.parametrize("likelihood", combinations.LIKELIHOODS)
+def test_every_likelihood_has_the_same_steps_where_it_is_captured(likelihood):
+    x = combinations.kinds()[combinations.SUITS[likelihood]][:50]
+    losses = []
+    for mode in ("captured", "eager"):
+        pyro.set_rng_seed(0)
+        vae = combinations.built("Normal", likelihood, "Normal", x)
+        svi = CompiledSVI(
+            vae.model,
+            vae.guide,
+            partial(torch.optim.SGD, lr=1e-5),
+            combinations.Trace_ELBO(max_plate_nesting=1),
+            mode=mode,
+        )
+        losses.append([svi.step(x).item() for _ in range(3)])
+        assert svi.mode == mode
+    assert losses[0] == losses[1]
