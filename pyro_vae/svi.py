@@ -81,6 +81,7 @@ class CompiledSVI:
         ValueError: An unknown mode.
 
     Example:
+        >>> import pyro.distributions as dist
         >>> from pyro.infer import Trace_ELBO
         >>> def model(x):
         ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -88,10 +89,9 @@ class CompiledSVI:
         >>> def guide(x):
         ...     loc = pyro.param("loc", torch.tensor(0.0))
         ...     pyro.sample("z", dist.Normal(loc, 0.7))
-        >>> import pyro.distributions as dist
-        >>> adam = pyro.optim.Adam({"lr": 0.1})
+        >>> adam = pyro.optim.Adam({"lr": 0.02})
         >>> svi = CompiledSVI(model, guide, adam, Trace_ELBO(), mode="captured")
-        >>> losses = [svi.step(torch.tensor(2.0)) for _ in range(300)]
+        >>> losses = [svi.step(torch.tensor(2.0)) for _ in range(500)]
         >>> abs(pyro.param("loc").item() - 1) < 0.2  # the posterior is N(1, 1/2)
         True
     """
