@@ -104,10 +104,10 @@ class Bernoulli(dist.Bernoulli):
 
 
 class _Bernoullis(dist.Independent):
-    """Independent Bernoullis, whose log-density takes a logarithm for 100 of them at once.
+    """Independent Bernoullis, whose log-density takes a logarithm for up to 100 of them at once.
 
     Of ``log p(x) = sum_d x_d l_d - max(l_d, 0) - log(1 + exp(-|l_d|))`` the last part is what
-    costs. Its arguments lie between 1 and 2, so that 100 of them can be multiplied first.
+    costs. Its arguments lie between 1 and 2, so that 100 of them can be multiplied before.
     """
 
     @override
@@ -118,10 +118,22 @@ class _Bernoullis(dist.Independent):
             return super().log_prob(value)
         if self.base_dist._validate_args:
             self.base_dist._validate_sample(value)
-        logits, value = logits.flatten(-dims), value.flatten(-dims)
-        factors = logits.abs().neg_().exp_().add_(1)
-        tails = torch.stack([part.prod(-1) for part in factors.split(100, -1)]).log_().sum(0)
-        return (value * logits).sub_(logits.clamp(min=0)).sum(-1) - tails
+        logits, value = torch.broadcast_tensors(logits.flatten(-dims), value.flatten(-dims))
+        if logits.dim() == 1:
+            return _bernoulli_scores(logits, value)
+        # In parts of 1 MiB, which stay in the processor's cache between one pass and the next.
+        rows = max(2**18 // max(logits[:1].numel(), 1), 1)
+        parts = zip(logits.split(rows), value.split(rows), strict=True)
+        return torch.cat([_bernoulli_scores(*part) for part in parts])
+
+
+def _bernoulli_scores(logits: Tensor, value: Tensor) -> Tensor:
+    """Log-densities of vectors, the last dimension, summed over their elements."""
+    width = logits.shape[-1]
+    together = max(count for count in range(1, 101) if width % count == 0)
+    factors = logits.abs().neg_().exp_().add_(1).unflatten(-1, (width // together, together))
+    tails = factors.prod(-1).log_().sum(-1)
+    return (value * logits).sub_(logits.clamp(min=0)).sum(-1) - tails
 
 
 class GreyscaleBernoulli(Bernoulli):

@@ -208,7 +208,7 @@ def log_likelihood(
         data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches.
         samples: Draws for each datum.
         chunk: Draws that are decoded at a time, for some data together, on which the memory
-            depends; by default as many as have a million elements of x.
+            depends; by default as many as have two million elements of x.
 
     Raises:
         ValueError: Fewer than one draw, no data, data that the programs do not take, a model
@@ -238,8 +238,8 @@ def log_likelihood(
     for batch in batches(data):
         programs = programs or Programs(pair, batch)
         size = chunk or at_a_time(batch)
-        # Several data at once, since few draws of each leave the encoder little to do.
-        together = max(min(size // 100, len(batch[0])), 1) if programs.vectorized else size
+        # Several data at once, but with so many draws of each that encoding them is cheap.
+        together = max(size // min(samples, 400), 1) if programs.vectorized else size
         for start in range(0, len(batch[0]), together):
             rows = tuple(tensor[start : start + together] for tensor in batch)
             with validation(False):  # what costs a pass over all that is decoded
