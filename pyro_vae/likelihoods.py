@@ -222,7 +222,7 @@ class ContinuousBernoulli(Likelihood):
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:
         logits = self.network(z, *context)
-        return dist.ContinuousBernoulli(logits=logits).to_event(logits.dim() - z.dim() + 1)
+        return laws.ContinuousBernoulli(logits).to_event(logits.dim() - z.dim() + 1)
 
 
 class Laplace(Likelihood):
