@@ -71,7 +71,9 @@ def test_draws_of_a_continuous_bernoulli_follow_it(dtype):
     """One of 24 Kolmogorov-Smirnov tests of each precision fails with a chance of 1e-4."""
     torch.manual_seed(0)
     draws = ContinuousBernoulli(torch.tensor(LOGITS, dtype=dtype)).sample((4000,))
-    assert draws.dtype == dtype and draws.min() >= 0 and draws.max() <= 1
+    assert draws.dtype == dtype
+    assert draws.min() >= 0
+    assert draws.max() <= 1
     for logit, column in zip(LOGITS, draws.double().unbind(1), strict=True):
         law = stats.uniform() if abs(logit) <= 1e-4 else truncated(logit)
         y = 1 - column if logit > 0 else column
