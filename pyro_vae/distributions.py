@@ -6,6 +6,7 @@ __all__ = [
     "Aggregate",
     "Bernoulli",
     "Categorical",
+    "ContinuousBernoulli",
     "Counts",
     "DiscretizedLogistic",
     "DiscretizedLogisticMixture",
@@ -201,6 +202,95 @@ class Categorical(dist.Categorical):
     def log_prob(self, value: Tensor) -> Tensor:
         # torch's, since torch.compile cannot follow how Pyro's knows its own enumeration.
         return torch.distributions.Categorical.log_prob(self, value)
+
+
+class ContinuousBernoulli(dist.TorchDistribution):
+    """Values in [0, 1] of density ``l exp(l x) / (exp(l) - 1)``, normalised for every logit l.
+
+    torch's own computes the constant from a probability that is kept away from 0 and 1: in
+    single precision its mass is 0.8 at a logit of 20. Here the distance y from the likelier
+    edge has density ``a exp(-a y) / (1 - exp(-a))``, a = abs(l), and near l = 0, where that
+    cancels, all is a series in l.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {"logits": constraints.real}
+    support = constraints.unit_interval
+    has_rsample = True
+
+    def __init__(self, logits: Tensor, *, validate_args: bool | None = None) -> None:
+        self.logits = logits
+        super().__init__(logits.shape, validate_args=validate_args)
+
+    @override
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> ContinuousBernoulli:
+        expanded = ContinuousBernoulli(self.logits.expand(batch_shape), validate_args=False)
+        expanded._validate_args = self._validate_args
+        return expanded
+
+    @override
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        logits = self.logits.expand(self._extended_shape(torch.Size(sample_shape)))
+        u = torch.rand_like(logits)
+        from_edge = torch.where(logits > 0, 1 - u, u).clamp(max=1 - torch.finfo(u.dtype).eps)
+        rate = self._rate.expand_as(logits)
+        y = -(from_edge * (-rate).expm1()).log1p() / rate
+        # log(1 + u (exp(l) - 1)) generates the cumulants of a Bernoulli of probability u.
+        v, skew = u * (1 - u), 1 - 2 * u
+        near = (u, v / 2, v * skew / 6, v * (1 - 6 * v) / 24, v * skew * (1 - 12 * v) / 120)
+        x = torch.where(self._central, _polynomial(logits, near), self._oriented(y))
+        return x.clamp(0, 1)
+
+    @override
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        rate, square = self._rate, self.logits**2
+        far = rate.log() - (-(-rate).expm1()).log() - rate * self._oriented(value)
+        near = self.logits * (value - 0.5) - square * _polynomial(square, _LOG_SINH)
+        return torch.where(self._central, near, far)
+
+    @property
+    @override
+    def mean(self) -> Tensor:
+        far = 1 / self._rate + (-self._rate).exp() / (-self._rate).expm1()
+        slope = [2 * (n + 1) * each for n, each in enumerate(_LOG_SINH)]
+        near = 0.5 + self.logits * _polynomial(self.logits**2, slope)
+        return torch.where(self._central, near, self._oriented(far))
+
+    @property
+    @override
+    def variance(self) -> Tensor:
+        far = self._rate**-2 - (-self._rate).exp() / (-self._rate).expm1() ** 2
+        curvature = [2 * (n + 1) * (2 * n + 1) * each for n, each in enumerate(_LOG_SINH)]
+        near = _polynomial(self.logits**2, curvature)
+        return torch.where(self._central, near, far)
+
+    @property
+    def _central(self) -> Tensor:
+        return self.logits.abs() < _CENTRAL
+
+    @property
+    def _rate(self) -> Tensor:
+        # Clamped for the gradient: that of a branch not taken must be finite too.
+        return self.logits.abs().clamp(min=_CENTRAL)
+
+    def _oriented(self, x: Tensor) -> Tensor:
+        """From x to its distance from the likelier edge, and back."""
+        return torch.where(self.logits > 0, 1 - x, x)
+
+
+# Of log(sinh(l / 2) / (l / 2)) in powers of l^2, from l^2 on. Below the bound less than 1e-12 is
+# left out of the density and its gradient, and 1e-6 of draws; above it no more than 1e-6 cancels.
+_LOG_SINH = (1 / 24, -1 / 2880, 1 / 181440, -1 / 9676800)
+_CENTRAL = 0.2
+
+
+def _polynomial(x: Tensor, coefficients: Sequence[Any]) -> Tensor:
+    """``c_0 + c_1 x + c_2 x^2 + ...``, by Horner's rule."""
+    total = torch.zeros_like(x)
+    for each in reversed(coefficients):
+        total = total * x + each
+    return total
 
 
 class DiscretizedLogistic(dist.TorchDistribution):

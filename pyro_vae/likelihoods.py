@@ -191,6 +191,7 @@ class Normal(Likelihood):
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:
         output = self.network(z, *context)
         if self.per_element:
+            _check_width(self, output, z, 2, "per_element=True")
             loc, log_scale = output.unbind(z.dim() - 1)
             scale = self.floor + log_scale.exp()
         else:
@@ -222,7 +223,7 @@ class ContinuousBernoulli(Likelihood):
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:
         logits = self.network(z, *context)
-        return dist.ContinuousBernoulli(logits=logits).to_event(logits.dim() - z.dim() + 1)
+        return laws.ContinuousBernoulli(logits).to_event(logits.dim() - z.dim() + 1)
 
 
 class Laplace(Likelihood):
@@ -314,6 +315,7 @@ class Categorical(Likelihood):
         super().__init__(decoder)
         if levels < 2:
             raise ValueError(f"a Categorical has at least 2 levels, not {levels}")
+        self.levels = levels
 
     @classmethod
     @override
@@ -327,7 +329,9 @@ class Categorical(Likelihood):
 
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:
-        logits = self.network(z, *context).movedim(z.dim() - 1, -1)
+        output = self.network(z, *context)
+        _check_width(self, output, z, self.levels, f"levels={self.levels}")
+        logits = output.movedim(z.dim() - 1, -1)
         return laws.Categorical(logits=logits).to_event(logits.dim() - z.dim())
 
 
@@ -372,6 +376,8 @@ class DiscretizedLogistic(Likelihood):
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:
         output, axis = self.network(z, *context), z.dim() - 1
+        width = self.outputs((), components=self.components)[0]
+        _check_width(self, output, z, width, f"components={self.components}")
         if self.components == 1:
             law = _logistic(*output.unbind(axis))
         else:
@@ -494,11 +500,8 @@ class NegativeBinomial(_Counts):
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:
         output, log_size = self._decoded(z, context)
-        log_mean = output + log_size
-        law = laws.NegativeBinomial(
-            self.log_dispersion.exp(), logits=log_mean - self.log_dispersion
-        )
-        return law.to_event(log_mean.dim() - z.dim() + 1)
+        law = _negative_binomial(self, output + log_size, self.log_dispersion, z)
+        return law.to_event(output.dim() - z.dim() + 1)
 
 
 class ZeroInflatedNegativeBinomial(_Counts):
@@ -536,13 +539,11 @@ class ZeroInflatedNegativeBinomial(_Counts):
     @override
     def forward(self, z: Tensor, *context: Tensor) -> Distribution:
         decoded, log_size = self._decoded(z, context)
+        _check_width(self, decoded, z, 2)
         output, gate = decoded.unbind(z.dim() - 1)
-        log_mean = output + log_size
-        law = laws.NegativeBinomial(
-            self.log_dispersion.exp(), logits=log_mean - self.log_dispersion
-        )
+        law = _negative_binomial(self, output + log_size, self.log_dispersion, z)
         inflated = laws.ZeroInflatedNegativeBinomial(law, gate_logits=gate)
-        return inflated.to_event(log_mean.dim() - z.dim() + 1)
+        return inflated.to_event(output.dim() - z.dim() + 1)
 
     @override
     def link(self, mean: Tensor) -> Tensor:
@@ -673,3 +674,29 @@ def _positive(value: float, name: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"the {name} must be positive and finite, not {value}")
     return value
+
+
+def _negative_binomial(
+    part: Likelihood, log_mean: Tensor, log_dispersion: Tensor, z: Tensor
+) -> laws.NegativeBinomial:
+    shape = tuple(log_mean.shape[z.dim() - 1 :])
+    if shape != tuple(log_dispersion.shape):
+        raise ValueError(
+            f"a {type(part).__name__} has a dispersion for each element of data of shape "
+            f"{tuple(log_dispersion.shape)}, and its decoder gives log means of shape {shape}: "
+            f"give both the shape of one datum"
+        )
+    return laws.NegativeBinomial(log_dispersion.exp(), logits=log_mean - log_dispersion)
+
+
+def _check_width(
+    part: Likelihood, output: Tensor, z: Tensor, width: int, options: str = ""
+) -> None:
+    """A decoder gives as many parameters of each element as its likelihood takes."""
+    shape = tuple(output.shape[z.dim() - 1 :])
+    if shape[:1] != (width,):
+        name, options = type(part).__name__, options and f", {options}"
+        raise ValueError(
+            f"a {name} takes ({width}, *shape) for each datum from its decoder, and got {shape}: "
+            f"make the decoder's output of shape {name}.outputs(shape{options})"
+        )

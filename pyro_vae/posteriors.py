@@ -56,7 +56,9 @@ class Normal(Posterior):
 
     @override
     def forward(self, x: Tensor, *context: Tensor) -> Distribution:
-        loc, log_scale = self.network(x, *context).unbind(-2)
+        output = self.network(x, *context)
+        _check_width(self, output, 2)
+        loc, log_scale = output.unbind(-2)
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
 
@@ -84,6 +86,7 @@ class FullRankNormal(Posterior):
     @override
     def forward(self, x: Tensor, *context: Tensor) -> Distribution:
         output = self.network(x, *context)
+        _check_width(self, output, 1 + output.shape[-1])
         loc, scale = output[..., 0, :], output[..., 1:, :]
         diagonal = scale.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
         return dist.MultivariateNormal(loc, scale_tril=scale.tril(-1) + diagonal)
@@ -113,6 +116,7 @@ class LowRankNormal(Posterior):
         super().__init__(encoder)
         if rank < 1:
             raise ValueError(f"the rank of a LowRankNormal is at least 1, not {rank}")
+        self.rank = rank
 
     @classmethod
     @override
@@ -122,6 +126,7 @@ class LowRankNormal(Posterior):
     @override
     def forward(self, x: Tensor, *context: Tensor) -> Distribution:
         output = self.network(x, *context)
+        _check_width(self, output, 2 + self.rank, f", rank={self.rank}")
         loc, log_scale, factor = output[..., 0, :], output[..., 1, :], output[..., 2:, :]
         return dist.LowRankMultivariateNormal(loc, factor.mT, (2 * log_scale).exp())
 
@@ -185,7 +190,15 @@ class Flow(Posterior):
 
     @override
     def forward(self, x: Tensor, *context: Tensor) -> Distribution:
-        loc, log_scale, features = self.network(x, *context).split(self.sizes, -1)
+        output = self.network(x, *context)
+        if output.shape[-1:] != (sum(self.sizes),):
+            latent, _, features = self.sizes
+            raise ValueError(
+                f"a Flow posterior takes (..., {sum(self.sizes)}) from its encoder, and got "
+                f"{tuple(output.shape)}: make the encoder's output of shape "
+                f"Flow.outputs({latent}, features={features})"
+            )
+        loc, log_scale, features = output.split(self.sizes, -1)
         noise = zuko().distributions.DiagNormal(torch.zeros_like(loc), torch.ones_like(loc))
         moved = _Affine(loc, log_scale.exp(), event_dim=1)
         # Between z and the noise, in the direction in which zuko writes a flow down.
@@ -206,3 +219,14 @@ class _Affine(AffineTransform):
     @override
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         return shape
+
+
+def _check_width(part: Posterior, output: Tensor, width: int, options: str = "") -> None:
+    """An encoder gives as many vectors of parameters as its posterior takes."""
+    if output.shape[-2:-1] != (width,):
+        name = type(part).__name__
+        raise ValueError(
+            f"a {name} posterior takes (..., {width}, latent) from its encoder, and got "
+            f"{tuple(output.shape)}: make the encoder's output of shape "
+            f"{name}.outputs(latent{options})"
+        )

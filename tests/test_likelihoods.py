@@ -588,3 +588,39 @@ def test_centred_counts_start_at_the_mean(make, output):
 )
 def test_encoders_see_data_on_a_scale_around_one(family, x, seen):
     assert torch.allclose(family.encoded(torch.tensor(x)), torch.tensor(seen))
+
+
+TOO_WIDE = {
+    "Normal": (
+        lambda decoder: likelihoods.Normal(decoder, per_element=True),
+        r"takes \(2, \*shape\) .* got \(4, 3\): .* Normal\.outputs\(shape, per_element=True\)",
+    ),
+    "Categorical": (
+        lambda decoder: likelihoods.Categorical(decoder, levels=17),
+        r"takes \(17, \*shape\) .* got \(4, 3\): .* Categorical\.outputs\(shape, levels=17\)",
+    ),
+    "one logistic": (
+        likelihoods.DiscretizedLogistic,
+        r"a DiscretizedLogistic takes \(2, \*shape\) .* got \(4, 3\): .*, components=1\)",
+    ),
+    "five logistics": (
+        lambda decoder: likelihoods.DiscretizedLogistic(decoder, components=5),
+        r"a DiscretizedLogistic takes \(15, \*shape\) .* got \(4, 3\): .*, components=5\)",
+    ),
+    "dispersion": (
+        lambda decoder: likelihoods.NegativeBinomial(decoder, 3),
+        r"of data of shape \(3,\), and its decoder gives log means of shape \(4, 3\)",
+    ),
+    "zeros": (
+        lambda decoder: likelihoods.ZeroInflatedNegativeBinomial(decoder, 3),
+        r"takes \(2, \*shape\) .* got \(4, 3\): .* ZeroInflatedNegativeBinomial\.outputs\(shape\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(TOO_WIDE))
+@pytest.mark.parametrize("leading", [(), (5,), (2, 5)])
+def test_a_decoder_of_another_width_is_refused_in_a_sentence(kind, leading):
+    make, message = TOO_WIDE[kind]
+    with pytest.raises(ValueError, match=message):
+        make(MLP(2, [], (4, 3)))(torch.zeros(*leading, 2))

@@ -136,3 +136,26 @@ def test_sizes_of_a_flow_are_checked(name):
 def test_no_rank_is_refused():
     with pytest.raises(ValueError, match="at least 1, not 0"):
         posteriors.LowRankNormal(MLP(4, [8], (2, 3)), rank=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "output", "message"),
+    [
+        (
+            posteriors.Normal,
+            (4, 3),
+            r"takes \(\.\.\., 2, latent\) .* got \(6, 4, 3\): .* Normal\.out",
+        ),
+        (posteriors.Normal, 4, r"takes \(\.\.\., 2, latent\) .* got \(6, 4\): .* Normal\.outputs"),
+        (posteriors.FullRankNormal, (3, 3), r"takes \(\.\.\., 4, latent\) .* got \(6, 3, 3\): "),
+        (partial(posteriors.LowRankNormal, rank=3), (4, 3), r"takes \(\.\.\., 5, .*, rank=3\)"),
+        (
+            partial(posteriors.Flow, latent=3),
+            9,
+            r"takes \(\.\.\., 38\) .* got \(6, 9\): .*features=32",
+        ),
+    ],
+)
+def test_an_encoder_of_another_width_is_refused_in_a_sentence(make, output, message):
+    with pytest.raises(ValueError, match=message):
+        make(MLP(4, [], output))(X.float())
