@@ -24,6 +24,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.hierarchy import HierarchicalVAE, check_layers
 from pyro_vae.objectives import BetaELBO
 from pyro_vae.scoring import Pair, validation
 from pyro_vae.vae import VAE, check_parts
@@ -58,6 +59,8 @@ def check_pair(pair: Pair, *batch: Tensor) -> None:
     """
     if isinstance(pair, VAE):
         check_parts(pair)
+    elif isinstance(pair, HierarchicalVAE):
+        check_layers(pair)
     with (
         undisturbed(pair, batch),
         torch.enable_grad(),
