@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["HierarchicalVAE"]
+__all__ = ["HierarchicalVAE", "check_layers"]
 
 from collections.abc import Sequence
 from typing import cast
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vae.vae import as_pyro, check_plain, declare
+from pyro_vae.vae import as_pyro, check_plain, check_shared, declare
 
 
 class HierarchicalVAE(nn.Module):
@@ -38,7 +38,8 @@ class HierarchicalVAE(nn.Module):
 
     Raises:
         TypeError: A part is no module, or a `PyroModule`.
-        ValueError: There is no layer, or not one posterior for each prior.
+        ValueError: There is no layer, or not one posterior for each prior, or a prior made of a
+            posterior of another model, such as a `VampPrior`.
 
     Example:
         >>> from pyro_vae import MLP, likelihoods, posteriors, priors
@@ -73,6 +74,7 @@ class HierarchicalVAE(nn.Module):
         check_plain(likelihood=likelihood)
         self.priors, self.posteriors = nn.ModuleList(priors), nn.ModuleList(posteriors)
         self.likelihood, self.bottom_up = likelihood, bottom_up
+        check_layers(self)
 
     def model(self, x: Tensor | None = None, *context: Tensor, size: int = 1) -> Tensor:
         """``z1 ~ p(z1), z2 ~ p(z2|z1), ..., x ~ p(x|zL)``; without `x`, `size` data are drawn."""
@@ -104,10 +106,11 @@ class HierarchicalVAE(nn.Module):
 
         With `mean`, draw only the latents and return the mean of p(x|zL).
         """
-        z = as_pyro(self.priors[0](*context)).expand([size]).sample()
-        for prior in self.priors[1:]:
-            z = prior(z, *context).sample()
-        likelihood = self.decode(z, *context)
+        above: tuple[Tensor, ...] = ()
+        for prior in self.priors:
+            # To the size also where a conditional prior does not depend on the layer above.
+            above = (as_pyro(prior(*above, *context)).expand([size]).sample(),)
+        likelihood = self.decode(*above, *context)
         return likelihood.mean if mean else likelihood.sample()
 
     @torch.no_grad()
@@ -115,3 +118,13 @@ class HierarchicalVAE(nn.Module):
         """Return the mean of p(x'|zL) at one draw of the latents of each datum."""
         trace = pyro.poutine.trace(self.guide).get_trace(x, *context)
         return self.decode(trace.nodes[f"z{len(self.priors)}"]["value"], *context).mean
+
+
+def check_layers(vae: HierarchicalVAE) -> None:
+    """Refuse a prior that is made of a posterior of another model.
+
+    Raises:
+        ValueError: It is, so that the weights of that posterior would never train.
+    """
+    for prior in vae.priors:
+        check_shared(prior, *vae.posteriors)

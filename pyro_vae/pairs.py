@@ -24,6 +24,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_vae.hierarchy import HierarchicalVAE, check_layers
 from pyro_vae.objectives import BetaELBO
 from pyro_vae.scoring import Pair, validation
 from pyro_vae.vae import VAE, check_parts
@@ -34,10 +35,10 @@ def check_pair(pair: Pair, *batch: Tensor) -> None:
 
     Checked are the latent sites of both programs and their scales, the shape of every site
     within its plates (with two and with three data, so that no width passes for the batch by
-    coincidence), that every log-density is finite, that the guide draws values in the support
-    of the model's latent sites, that the data lie in that of their likelihood, and that every
-    trainable parameter gets a gradient. Random state, buffers and parameters stay as they
-    were.
+    coincidence), that what is observed has the event shape of its likelihood, that every
+    log-density is finite, that the guide draws values in the support of the model's latent
+    sites, that the data lie in that of their likelihood, and that every trainable parameter
+    gets a gradient. Random state, buffers and parameters stay as they were.
 
     Args:
         pair: Module with methods ``model`` and ``guide``.
@@ -58,6 +59,8 @@ def check_pair(pair: Pair, *batch: Tensor) -> None:
     """
     if isinstance(pair, VAE):
         check_parts(pair)
+    elif isinstance(pair, HierarchicalVAE):
+        check_layers(pair)
     with (
         undisturbed(pair, batch),
         torch.enable_grad(),
@@ -117,6 +120,7 @@ def _check_programs(pair: Pair, batch: tuple[Tensor, ...], size: int) -> None:
     with _worded("model", size):
         alone = poutine.trace(pair.model).get_trace(*rows)
     for name in alone.observation_nodes:
+        _check_event(name, alone.nodes[name], rows[0])
         _check_support(name, alone.nodes[name], batch[0])
     with _worded("guide", size):
         guide = prune_subsample_sites(poutine.trace(pair.guide).get_trace(*rows))
@@ -196,6 +200,20 @@ def _check_trained(pair: nn.Module, *traces: poutine.Trace) -> None:
                 f"depends on it, or the global param store holds another of its name; use it, or "
                 f"freeze it by requires_grad_(False)"
             )
+
+
+def _check_event(name: str, site: Any, x: Tensor) -> None:
+    """An observed value has the event shape of its law, where torch would broadcast either."""
+    value, batch, event = site["value"], site["fn"].batch_shape, site["fn"].event_shape
+    own = value.shape[len(batch) :]
+    constant = value.dim() < len(batch) + len(event) and value.shape != x.shape
+    if constant and value.shape[value.dim() - len(event) :] == event:
+        return  # one value for all data, as of a factor
+    if own != event:
+        raise ValueError(
+            f"the likelihood's event shape is {tuple(event)} and {name} has {tuple(own)}: "
+            f"give the decoder's output the shape of the data"
+        )
 
 
 def _check_support(name: str, site: Any, x: Tensor) -> None:

@@ -21,6 +21,8 @@ from typing_extensions import Self, override
 from pyro_vae import distributions as laws
 from pyro_vae.flows import zuko
 
+_State = tuple[list[Any], list[Tensor]]  # settings and weights of a posterior
+
 
 class Prior(nn.Module, abc.ABC):
     """The prior p(z): ``prior(*context)`` is a distribution over z.
@@ -197,7 +199,7 @@ class VampPrior(Prior):
         self.register_buffer("low", self.pseudo_inputs.detach().min())
         self.register_buffer("high", self.pseudo_inputs.detach().max())
         self._posterior = (posterior,)  # within a tuple, so that it is no submodule of this one
-        self._encoded: tuple[Any, Distribution] | None = None
+        self._encoded: tuple[_State, Distribution] | None = None
         try:
             with torch.no_grad():
                 self._encode(self.pseudo_inputs[:2])
@@ -221,14 +223,17 @@ class VampPrior(Prior):
         return laws.Aggregate(self._components(), self._draw)
 
     def _components(self) -> Distribution:
-        """The laws q(z|u_k), kept in evaluation until a weight changes."""
+        """The laws q(z|u_k), kept in evaluation until a weight or a setting changes."""
         if self.training or torch.is_grad_enabled() or get_proxy_mode():  # captured, not kept
             return self._encode(self.pseudo_inputs)
         own = self.pseudo_inputs, self.low, self.high
         weights = chain(self.posterior.parameters(), self.posterior.buffers(), own)
-        state = [(weight.data_ptr(), weight._version) for weight in weights]
-        if self._encoded is None or self._encoded[0] != state:
-            self._encoded = state, self._encode(self.pseudo_inputs)
+        # By their values, since what is written through `.data` leaves no trace. To compare them
+        # takes an eighth of the time of encoding, for 500 components and 400 hidden units.
+        state = _settings(self.posterior), [weight.detach() for weight in weights]
+        if self._encoded is None or not _alike(self._encoded[0], state):
+            kept = state[0], [weight.clone() for weight in state[1]]
+            self._encoded = kept, self._encode(self.pseudo_inputs)
         return self._encoded[1]
 
     def _draw(self, components: Tensor) -> Tensor:
@@ -297,6 +302,25 @@ class Flow(Prior):
             )
         flow = self.flow(torch.cat(context, -1))
         return flow
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """The modules within one, and their numbers, such as the slope of an activation."""
+    modules = list(module.modules())
+    values = [(name, value) for each in modules for name, value in vars(each).items()]
+    plain = [(n, v) for n, v in values if n != "training" and isinstance(v, (int, float, str))]
+    return [*modules, *plain]
+
+
+def _alike(one: _State, other: _State) -> bool:
+    """Whether two states have the same settings and equal weights."""
+    weights = list(zip(one[1], other[1], strict=False))
+    return (
+        one[0] == other[0]
+        and len(one[1]) == len(other[1])
+        and all((a.dtype, a.device) == (b.dtype, b.device) for a, b in weights)
+        and all(torch.equal(a, b) for a, b in weights)
+    )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["VAE", "as_pyro", "check_parts", "check_plain", "declare"]
+__all__ = ["VAE", "as_pyro", "check_parts", "check_plain", "check_shared", "declare"]
 
 import copy
 import functools
@@ -57,7 +57,7 @@ class VAE(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "posterior":
-            _check_shared(self)
+            check_shared(self.prior, self.posterior)
 
     def model(self, x: Tensor | None = None, *context: Tensor, size: int = 1) -> Tensor:
         """``z ~ p(z), x ~ p(x|z)`` for each datum; without `x`, `size` data are drawn."""
@@ -104,7 +104,7 @@ def check_parts(vae: VAE) -> None:
         ValueError: The prior is made of another posterior than the VAE's.
     """
     check_plain(prior=vae.prior, likelihood=vae.likelihood, posterior=vae.posterior)
-    _check_shared(vae)
+    check_shared(vae.prior, vae.posterior)
 
 
 def check_plain(**parts: Any) -> None:
@@ -124,11 +124,16 @@ def check_plain(**parts: Any) -> None:
                 )
 
 
-def _check_shared(vae: VAE) -> None:
-    """A prior that is made of a posterior is made of the VAE's own."""
-    if getattr(vae.prior, "posterior", vae.posterior) is not vae.posterior:
+def check_shared(prior: nn.Module, *posteriors: nn.Module) -> None:
+    """Refuse a prior that is made of another posterior than those of the model.
+
+    Raises:
+        ValueError: It is, so that the weights of that other one would never train.
+    """
+    own = getattr(prior, "posterior", None)
+    if isinstance(own, nn.Module) and not any(own is each for each in posteriors):
         raise ValueError(
-            f"this {type(vae.prior).__name__} is made of another posterior than the VAE's: make "
+            f"this {type(prior).__name__} is made of another posterior than the VAE's: make "
             f"one of the new posterior, and set the prior before the posterior"
         )
 

@@ -5,6 +5,7 @@ import copy
 import pyro
 import pytest
 import torch
+from pyro.distributions import Normal
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, TraceMeanField_ELBO
 from scipy import stats
 
@@ -159,6 +160,36 @@ def test_the_top_layer_may_have_a_vamp_prior(digits):
     vae.priors[0] = priors.VampPrior(vae.posteriors[0], digits.train.batch()[0], components=10)
     rows = fit(vae, digits, epochs=2, progress=False)
     assert rows[-1]["elbo"] > rows[0]["elbo"]
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_a_layer_that_ignores_the_one_above_is_drawn_for_each_datum(mean):
+    class Alone(priors.Prior):
+        def forward(self, z, *context):
+            return Normal(torch.full([3], 2.0), 0.1).to_event(1)
+
+    vae = linear()
+    vae.priors[1] = Alone()
+    assert vae.sample(7, mean=mean).shape == (7, 4)
+    outer = vae.likelihood.network.last
+    scores = (vae.sample(4000, mean=True) - outer(torch.full([3], 2.0))) / 0.1
+    truth = outer.weight.detach().square().sum(-1).sqrt()
+    for column, scale in zip(scores.detach().T, truth, strict=True):
+        assert stats.kstest(column / float(scale), "norm").pvalue > FALSE_ALARM / 8
+
+
+def test_a_prior_made_of_a_foreign_posterior_is_refused():
+    vae, foreign = linear(), posteriors.Normal(MLP(4, [], (2, 2)))
+    prior = priors.VampPrior(foreign, torch.randn(20, 4), components=5)
+    parts = [prior, vae.priors[1]], vae.likelihood, list(vae.posteriors)
+    with pytest.raises(ValueError, match="VampPrior is made of another posterior than the VAE's"):
+        HierarchicalVAE(*parts)
+    own = HierarchicalVAE(*parts[:2], [foreign, vae.posteriors[1]])
+    check_pair(own, torch.randn(5, 4))
+    check_pair(copy.deepcopy(own), torch.randn(5, 4))
+    vae.priors[0] = prior
+    with pytest.raises(ValueError, match="VampPrior is made of another posterior than the VAE's"):
+        check_pair(vae, torch.randn(5, 4))
 
 
 def test_it_is_plain_pyro():

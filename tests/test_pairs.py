@@ -1,5 +1,7 @@
 """The check of a pair: what it lets pass, and the sentence for what it does not."""
 
+import re
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -76,6 +78,45 @@ def test_a_width_that_happens_to_be_the_batch_is_not_taken_for_it(latent):
 
 
 @pytest.mark.parametrize(
+    ("decoded", "data"),
+    [
+        ((1, 8, 8), (8, 8)),
+        ((8, 8), (1, 8, 8)),
+        ((3, 8, 8), (1, 8, 8)),
+        ((6,), (1,)),
+        ((1,), (4,)),
+        ((1, 3), (4, 3)),
+        ((4,), (2,)),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_likelihood_of_another_shape_than_the_data_is_refused(decoded, data, count):
+    vae = VAE(
+        priors.Normal(2),
+        likelihoods.Normal(MLP(2, [], decoded)),
+        posteriors.Normal(MLP(data, [], (2, 2))),
+    )
+    message = f"event shape is {decoded} and x has {data}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_pair(vae, torch.randn(count, *data))
+
+
+def test_a_value_that_plates_repeat_is_no_other_shape():
+    class Pulled(Pair):
+        def model(self, x):
+            super().model(x)
+            data = pyro.plate("rows", len(x), dim=-1)
+            with data:
+                pyro.factor("pull", torch.tensor(-1.0))
+                law = dist.Normal(torch.zeros(2), 1).to_event(1)
+                pyro.sample("y", law, obs=torch.zeros(2))
+            with pyro.plate("groups", 2, dim=-2), data:
+                pyro.sample("w", dist.Normal(0.0, 1.0), obs=torch.zeros(2, 1))
+
+    check_pair(Pulled(), X)
+
+
+@pytest.mark.parametrize(
     ("likelihood", "value", "shown"),
     [
         (likelihoods.Bernoulli(MLP(2, [], 4)), 255.0, "Bernoulli, 255"),
@@ -96,8 +137,10 @@ def test_data_outside_the_support_are_counted(likelihood, value, shown, validati
 
 
 def test_a_network_of_another_shape_is_named():
+    narrow, wide = linear_vae(4, 2), linear_vae(5, 2)
+    vae = VAE(narrow.prior, wide.likelihood, narrow.posterior)
     with pytest.raises(ValueError, match=r"the guide cannot run on 2 data: MLP takes inputs"):
-        check_pair(linear_vae(4, 2), torch.randn(6, 5))
+        check_pair(vae, torch.randn(6, 5))
 
 
 def test_a_density_that_is_not_finite_is_named():

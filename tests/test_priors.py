@@ -184,6 +184,51 @@ def test_pseudo_inputs_are_encoded_once_in_evaluation():
     assert len({float(before), float(after), float(last)}) == len(calls) == 3
 
 
+def written(module):
+    for parameter in module.parameters():
+        parameter.data.mul_(0.5)
+
+
+def averaged(module):
+    average = torch.optim.swa_utils.AveragedModel(copy.deepcopy(module))
+    written(average)
+    for parameter, mean in zip(module.parameters(), average.module.parameters(), strict=True):
+        parameter.data.copy_(mean)
+
+
+def normalised(module):
+    module.network.hidden[1].running_mean.data.fill_(3.0)
+
+
+def sharper(module):
+    module.network.hidden[2].negative_slope = 0.5
+
+
+def replaced(module):
+    module.network.hidden[2] = nn.Tanh()
+
+
+def assigned(module):
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    state["network.last.bias"] += 1
+    module.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("change", [written, averaged, normalised, sharper, replaced, assigned])
+def test_what_is_kept_in_evaluation_never_grows_stale(change):
+    posterior = network(nn.BatchNorm1d(8), nn.LeakyReLU(0.1))
+    prior = priors.VampPrior(posterior, torch.randn(40, 4), components=7).eval()
+    with torch.no_grad():
+        before = prior().log_prob(torch.zeros(3))
+        change(prior.posterior.eval())
+        after, fresh = prior(), copy.deepcopy(prior)
+        fresh._encoded = None
+        assert torch.equal(after.log_prob(torch.zeros(3)), fresh().log_prob(torch.zeros(3)))
+        assert before != after.log_prob(torch.zeros(3))
+        prior.pseudo_inputs.data.zero_()
+        assert not torch.equal(prior().components.mean, after.components.mean)
+
+
 def test_a_posterior_of_another_prior_is_refused():
     prior = vamp(posteriors.Normal)
     likelihood = likelihoods.Normal(MLP(3, [8], 4))
