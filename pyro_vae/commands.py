@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from pyro_vae import checkpoints
 from pyro_vae.data import SOURCES, Data, folder, load
+from pyro_vae.optimizers import fused
 from pyro_vae.parts import Blueprint, Part, find, make
 from pyro_vae.runs import (
     VIEWS,
@@ -32,7 +33,7 @@ from pyro_vae.runs import (
     score,
     support,
 )
-from pyro_vae.svi import Mode, fused, mode_for
+from pyro_vae.svi import Mode, mode_for
 from pyro_vae.training import fit
 from pyro_vae.vae import VAE
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["MODES", "CompiledSVI", "Mode", "fused", "mode_for", "optimizer_of"]
+__all__ = ["MODES", "CompiledSVI", "Mode", "mode_for"]
 
-import contextlib
 import copy
 import importlib.util
-import inspect
 import math
 import os
 import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from types import FunctionType, MethodType
 from typing import Any, Literal, cast, get_args
 
 import pyro
@@ -24,12 +21,14 @@ from pyro import poutine
 from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_vae.capture import Graph, NotCapturableError, capture
+from pyro_vae.optimizers import Share, stepper
 from pyro_vae.pairs import undisturbed
 from pyro_vae.scoring import validation
+from pyro_vae.state import append_state, kind, numbers, reached, restored, unassigned
 
 Program = Callable[..., Any]
 Run = Callable[[Sequence[Any]], Tensor]  # of the leaves of its arguments
@@ -39,7 +38,6 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 # Steps from which capturing, and compiling, is paid back: about one second and fifteen, for
 # three milliseconds less in each step, and one more (examples/benchmarks/speed.py).
 _CAPTURE_PAYS, _COMPILE_PAYS = 500, 10_000
-_FUSED = (Adam, AdamW, SGD)
 _GRAPHS = 8  # kept at a time
 
 
@@ -120,9 +118,9 @@ class CompiledSVI:
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.mode: Mode = mode or ("compiled" if _compiler() else "captured")
         self.optimizer: Optimizer | None = None
-        reached = list(_reached(model, guide))
-        self._modules = [each for each in reached if isinstance(each, nn.Module)]
-        self._tensors = [each for each in reached if isinstance(each, Tensor)]
+        within = list(reached(model, guide))
+        self._modules = [each for each in within if isinstance(each, nn.Module)]
+        self._tensors = [each for each in within if isinstance(each, Tensor)]
         self._runs: OrderedDict[Any, Run] = OrderedDict()
         self._parameters: dict[int, Tensor] = {}  # by identity, so that each counts once
         self._names: dict[int, str] = {}  # of those that can be watched
@@ -182,9 +180,9 @@ class CompiledSVI:
         """What a graph depends on and does not take as an input."""
         if self.mode == "eager":
             return None
-        state = [torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), *map(_kind, leaves)]
+        state = [torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), *map(kind, leaves)]
         for module in self._modules:
-            _append_state(module, state)
+            append_state(module, state)
         if self._stored:
             store = dict(pyro.get_param_store().named_parameters())
             state += [id(store.get(name)) for name in self._stored]
@@ -228,17 +226,17 @@ class CompiledSVI:
         except Exception:  # for whatever an objective of the user's own holds
             loss = self.loss
         modules, held = nn.ModuleList(self._modules), self._held(loss)
-        before = _numbers(held)
+        before = numbers(held)
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         traced = poutine.trace(param_only=True)
-        with undisturbed(modules, tensors), _restored(self._loose(loss)), validation(True), traced:
+        with undisturbed(modules, tensors), restored(self._loose(loss)), validation(True), traced:
             value = getattr(loss, method)(self.model, self.guide, *args, **kwargs)
         if isinstance(value, tuple):
             raise TypeError(f"the losses of {type(loss).__name__} are several: use pyro.infer.SVI")
         parameters = _unique(traced.trace)
         for parameter in parameters.values():
             parameter.grad = None
-        after = _numbers(held)
+        after = numbers(held)
         if math.isinf(self.loss.max_plate_nesting):
             self.loss.max_plate_nesting = loss.max_plate_nesting  # which the run has found out
         changed = [key for key in before if after.get(key) != before[key]]
@@ -273,7 +271,7 @@ class CompiledSVI:
 
         inputs = _inputs(leaves)
         loose = self._loose(self.loss)
-        with _restored(loose), _unassigned(self._held(self.loss)):
+        with restored(loose), unassigned(self._held(self.loss)):
             graph = capture(objective, inputs, parameters)
         if not graph.changed <= {id(each) for each in loose}:
             raise NotCapturableError("it changes a tensor in place that is kept out of sight")
@@ -294,7 +292,7 @@ class CompiledSVI:
         still = [each for each in graph.held if id(each) in graph.changed]
         try:
             function = graph.compiled(inputs)
-            with torch.random.fork_rng(devices=list(devices)), _restored(still):
+            with torch.random.fork_rng(devices=list(devices)), restored(still):
                 function(*inputs)
         except Exception as error:  # whatever a compiler may say
             reason = str(error).strip().partition("\n")[0]
@@ -330,7 +328,7 @@ class CompiledSVI:
         self._names |= {id(each): name for name, each in new.items() if id(each) in present}
         self._parameters |= {id(each): each for each in new.values()}
         if self.optimizer is None:
-            self.optimizer = _optimizer(self.optim, list(new.values()))
+            self.optimizer = stepper(self.optim, list(new.values()))
         else:
             groups = self.optimizer.param_groups
             had = {id(each) for group in groups for each in group["params"]}
@@ -339,7 +337,7 @@ class CompiledSVI:
                 self.optimizer.add_param_group({"params": late})
         if self.optimizer is not None and isinstance(self.optim, PyroOptim):
             for each in new.values():
-                self.optim.optim_objs[each] = _Share(self.optimizer, each)
+                self.optim.optim_objs[each] = Share(self.optimizer, each)
                 self.optim.grad_clip[each] = None
 
     def _present(self) -> set[int]:
@@ -378,61 +376,6 @@ def _compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def _reached(*programs: Any) -> Iterator[nn.Module | Tensor]:
-    """Modules and tensors of programs' owners, and in their closures and global variables."""
-    seen, queue = set[int](), list(programs)
-    while queue:
-        each = queue.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        if isinstance(each, (nn.Module, Tensor)):
-            yield each
-        elif isinstance(each, partial):
-            queue += [each.func, *each.args, *each.keywords.values()]
-        elif isinstance(each, MethodType):
-            owner = each.__self__
-            queue += [owner, each.__func__, *getattr(owner, "__dict__", {}).values()]
-        elif isinstance(each, FunctionType):
-            if inspect.unwrap(each) is not each:
-                queue.append(inspect.unwrap(each))
-            if each.__module__.partition(".")[0] not in ("pyro", "torch"):
-                queue += _named(each)
-
-
-def _named(function: FunctionType) -> Iterator[Any]:
-    """What a function names outside of itself."""
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # of a cell that is still empty
-            yield cell.cell_contents
-    for name in function.__code__.co_names:
-        if name in function.__globals__:
-            yield function.__globals__[name]
-
-
-def _append_state(module: nn.Module, state: list[Any]) -> None:
-    """Append what a graph depends on in a module: cheap, since it is asked before each step."""
-    state.append(module.training)
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            state += [id(parameter), parameter.requires_grad, parameter.dtype, parameter.device]
-    for buffer in module._buffers.values():
-        state.append(id(buffer))
-    for child in module._modules.values():
-        if child is not None:
-            _append_state(child, state)
-
-
-def _kind(leaf: Any) -> Any:
-    """What an argument must have in common with that of a graph."""
-    if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    if isinstance(leaf, float):
-        return float
-    plain = leaf is None or isinstance(leaf, (bool, int, str))
-    return type(leaf), leaf if plain else id(leaf)
-
-
 def _inputs(leaves: Sequence[Any]) -> list[Tensor]:
     """The arguments that are inputs of a graph, as tensors."""
     return [
@@ -440,57 +383,6 @@ def _inputs(leaves: Sequence[Any]) -> list[Tensor]:
         for leaf in leaves
         if isinstance(leaf, (Tensor, float))
     ]
-
-
-def _numbers(held: Sequence[Any]) -> dict[tuple[int, str], Any]:
-    """The plain attributes of some objects, as far as a run may not change them."""
-    return {
-        (index, name): value
-        for index, each in enumerate(held)
-        for name, value in getattr(each, "__dict__", {}).items()
-        if isinstance(value, (bool, int, float, str)) and name != "max_plate_nesting"
-    }
-
-
-@contextlib.contextmanager
-def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put the values of tensors back."""
-    before = [each.clone() for each in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for each, value in zip(tensors, before, strict=True):
-                if not torch.equal(each, value):
-                    each.copy_(value)
-
-
-@contextlib.contextmanager
-def _unassigned(held: Sequence[Any]) -> Iterator[None]:
-    """Undo and refuse that a capture assigns attributes, which would be its fake tensors."""
-    tables = [table for each in held for table in _tables(each)]
-    before = [dict(table) for table in tables]
-    yield
-    changed = list[str]()
-    for table, values in zip(tables, before, strict=True):
-        new = {name: value for name, value in table.items() if value is not values.get(name)}
-        changed += [name for name, value in new.items() if pytree.tree_any(_is_tensor, value)]
-        table.clear()
-        table.update(values)
-    if changed:
-        raise NotCapturableError(f"every run assigns its attribute '{changed[0]}' anew")
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
-def _tables(held: Any) -> list[dict[str, Any]]:
-    """Where an object keeps its attributes."""
-    tables = [vars(held)]
-    if isinstance(held, nn.Module):
-        tables += [held._parameters, held._buffers]
-    return tables
 
 
 def _unique(trace: poutine.Trace) -> dict[str, Tensor]:
@@ -501,63 +393,3 @@ def _unique(trace: poutine.Trace) -> dict[str, Tensor]:
             parameter = site["value"].unconstrained()
             found.setdefault(id(parameter), (name, parameter))
     return dict(found.values())
-
-
-def _optimizer(optim: Any, parameters: Sequence[Tensor]) -> Optimizer | None:
-    """One torch optimiser for all parameters; None where Pyro's is to be called as it is."""
-    if isinstance(optim, PyroOptim):
-        make, options = optim.pt_optim_constructor, optim.pt_optim_args
-        begun = optim.optim_objs or optim._state_waiting_to_be_consumed
-        if make not in _FUSED or not isinstance(options, dict) or optim.pt_clip_args or begun:
-            return None
-        optim = partial(make, **options)
-    return optimizer_of(optim, parameters)
-
-
-def optimizer_of(make: Callable[..., Optimizer], parameters: Iterable[Tensor]) -> Optimizer:
-    """Make a torch optimiser, fused where it can be.
-
-    Args:
-        make: From parameters to the optimiser.
-        parameters: What it is to step.
-
-    Raises:
-        TypeError: It makes something else.
-    """
-    parameters = list(parameters)
-    if isinstance(make, partial) and not make.args:
-        make = partial(make.func, **fused(make.func, make.keywords, parameters))
-    made = make(parameters)
-    if not isinstance(made, Optimizer):
-        raise TypeError(f"the optimizer must be a torch.optim.Optimizer, not {made!r}")
-    return made
-
-
-def fused(make: Any, options: Mapping[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:
-    """Return options of a torch optimiser, fused where it can be and they do not say how."""
-    said = any(options.get(way) for way in ("foreach", "capturable", "differentiable"))
-    plain = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    if make in _FUSED and plain and not said and options.get("fused") is None:
-        return {**options, "fused": True}
-    return dict(options)
-
-
-class _Share:
-    """What a fused optimiser has of one parameter, for `PyroOptim.get_state`."""
-
-    def __init__(self, optimizer: Optimizer, parameter: Tensor) -> None:
-        self.fused, self.parameter = optimizer, parameter
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as that of an optimiser of this parameter alone."""
-        if pyro.get_param_store().param_name(self.parameter) is None:
-            raise ValueError(
-                "the state of pyro.optim goes by names in the param store, and this parameter is "
-                "not there: take svi.optimizer.state_dict()"
-            )
-        groups = self.fused.param_groups
-        group = next(g for g in groups if any(p is self.parameter for p in g["params"]))
-        return {
-            "state": {0: self.fused.state[self.parameter]},
-            "param_groups": [{**group, "params": [0]}],
-        }

@@ -28,10 +28,11 @@ from tqdm import tqdm
 from pyro_vae import checkpoints
 from pyro_vae.evaluation import bound
 from pyro_vae.objectives import BetaELBO
+from pyro_vae.optimizers import optimizer_of
 from pyro_vae.pairs import check_objective, check_pair
 from pyro_vae.scoring import validation
 from pyro_vae.splits import Data, Split
-from pyro_vae.svi import CompiledSVI, Mode, mode_for, optimizer_of
+from pyro_vae.svi import CompiledSVI, Mode, mode_for
 
 Metrics = dict[str, float]
 ADAM = partial(torch.optim.Adam, lr=1e-3)

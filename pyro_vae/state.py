@@ -1,0 +1,126 @@
+"""What a captured program depends on besides its inputs, and how a run of it is undone."""
+
+from __future__ import annotations
+
+__all__ = ["append_state", "kind", "numbers", "reached", "restored", "unassigned"]
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pyro_vae.capture import NotCapturableError
+
+
+def reached(*programs: Any) -> Iterator[nn.Module | Tensor]:
+    """Modules and tensors of programs' owners, and in their closures and global variables."""
+    seen, queue = set[int](), list(programs)
+    while queue:
+        each = queue.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, (nn.Module, Tensor)):
+            yield each
+        elif isinstance(each, partial):
+            queue += [each.func, *each.args, *each.keywords.values()]
+        elif isinstance(each, MethodType):
+            owner = each.__self__
+            queue += [owner, each.__func__, *getattr(owner, "__dict__", {}).values()]
+        elif isinstance(each, FunctionType):
+            if inspect.unwrap(each) is not each:
+                queue.append(inspect.unwrap(each))
+            if each.__module__.partition(".")[0] not in ("pyro", "torch"):
+                queue += _named(each)
+
+
+def _named(function: FunctionType) -> Iterator[Any]:
+    """What a function names outside of itself."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # of a cell that is still empty
+            yield cell.cell_contents
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield function.__globals__[name]
+
+
+def append_state(module: nn.Module, state: list[Any]) -> None:
+    """Append what a graph depends on in a module: cheap, since it is asked before each step."""
+    state.append(module.training)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            state += [id(parameter), parameter.requires_grad, parameter.dtype, parameter.device]
+    for buffer in module._buffers.values():
+        state.append(id(buffer))
+    for child in module._modules.values():
+        if child is not None:
+            append_state(child, state)
+
+
+def kind(leaf: Any) -> Any:
+    """What an argument must have in common with that of a graph."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    if isinstance(leaf, float):
+        return float
+    plain = leaf is None or isinstance(leaf, (bool, int, str))
+    return type(leaf), leaf if plain else id(leaf)
+
+
+def numbers(held: Sequence[Any]) -> dict[tuple[int, str], Any]:
+    """The plain attributes of some objects, as far as a run may not change them."""
+    return {
+        (index, name): value
+        for index, each in enumerate(held)
+        for name, value in getattr(each, "__dict__", {}).items()
+        if isinstance(value, (bool, int, float, str)) and name != "max_plate_nesting"
+    }
+
+
+@contextlib.contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put the values of tensors back."""
+    before = [each.clone() for each in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, value in zip(tensors, before, strict=True):
+                if not torch.equal(each, value):
+                    each.copy_(value)
+
+
+@contextlib.contextmanager
+def unassigned(held: Sequence[Any]) -> Iterator[None]:
+    """Undo and refuse that a capture assigns attributes, which would be its fake tensors."""
+    tables = [table for each in held for table in _tables(each)]
+    before = [dict(table) for table in tables]
+    changed = list[str]()
+    try:
+        yield
+    finally:
+        for table, values in zip(tables, before, strict=True):
+            new = {name: value for name, value in table.items() if value is not values.get(name)}
+            changed += [name for name, value in new.items() if pytree.tree_any(_is_tensor, value)]
+            table.clear()
+            table.update(values)
+    if changed:
+        raise NotCapturableError(f"every run assigns its attribute '{changed[0]}' anew")
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _tables(held: Any) -> list[dict[str, Any]]:
+    """Where an object keeps its attributes."""
+    tables = [vars(held)]
+    if isinstance(held, nn.Module):
+        tables += [held._parameters, held._buffers]
+    return tables
