@@ -106,3 +106,15 @@ def test_the_tables_of_speed_are_those_of_the_results(monkeypatch):
     results = json.loads((folder / "results" / "speed.json").read_text())
     report = importlib.import_module("speed").report(results)
     assert report in (folder / "README.md").read_text()
+
+
+def test_the_table_of_estimators_is_that_of_the_results():
+    folder = ROOT / "examples" / "benchmarks"
+    results = json.loads((folder / "results" / "evaluation.json").read_text())
+    page = (folder / "README.md").read_text()
+    for row in results["estimators"]["estimators"]:
+        share = f"{row['within_3_errors']:.0%}"
+        line = f"| {row['estimator']} | {row['mean']:.2f} | {row['apart']:+.2f} | {share} |"
+        assert line in page
+    for rate in results["speed"]["draws_per_second"].values():
+        assert f" {rate:,.0f} |" in page

@@ -50,6 +50,8 @@ def subset(mnist, count):
 def estimators(mnist, epochs, count):
     """The four estimates of each image, and the bounds of bidirectional Monte Carlo."""
     vae, batch = trained(mnist, 2, epochs), subset(mnist, count)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the many small steps would wait for each other
     truth = quadrature(vae, batch)
     found = {
         "L_5000": log_likelihood(vae, batch, samples=5000),
@@ -74,6 +76,7 @@ def estimators(mnist, epochs, count):
         count: bidirectional(vae, batch, distributions=count, leapfrog=5).gap
         for count in (0, 10, 50)
     }
+    torch.set_num_threads(threads)
     return {
         "images": count,
         "epochs": epochs,
@@ -179,7 +182,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="folder of the data sets")
     parser.add_argument("--epochs", type=int, default=5, help="passes over 54,000 images")
-    parser.add_argument("--count", type=int, default=30, help="images for the estimators")
+    parser.add_argument("--count", type=int, default=20, help="images for the estimators")
     parser.add_argument("--rounds", type=int, default=5, help="turns of the timings")
     parser.add_argument("--rows", type=int, help="use the first so many images only, for a trial")
     parts = ["estimators", "speed", "full"]
