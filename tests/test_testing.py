@@ -116,6 +116,12 @@ class Unsound(likelihoods.Likelihood):
 
     def forward(self, z, *context):
         loc = self.network(z)
+        if self.fault == "cut":
+            loc = self.network(z.detach())
+        if self.fault == "half cut":
+            loc = self.network(torch.stack([z[..., 0], z[..., 1].detach()], -1))
+        if self.fault == "half trained":
+            loc = (loc + loc.detach()) / 2
         if self.fault == "pooled":
             loc = loc - loc.mean(0, keepdim=True)
         law = {"misdrawn": Misdrawn, "unnormalised": Unnormalised}.get(self.fault, dist.Normal)(
@@ -142,6 +148,12 @@ class Miscounted(dist.Poisson):
         ("greyscale", "total mass of"),
         ("misdrawn", r"draws of element \d+ do not follow its law"),
         ("counts", r"draws of element \d+ do not follow its law"),
+        (
+            "cut",
+            r"direction in z the log-density changes at a rate of .*, and its gradient gives 0:",
+        ),
+        ("half cut", "direction in z the log-density changes at a rate of"),
+        ("half trained", "direction in the parameters the log-density changes at a rate of"),
     ],
 )
 def test_a_likelihood_that_breaks_its_promise_is_told_which(fault, message):
@@ -309,6 +321,8 @@ class Uncertain(posteriors.Posterior):
 
     def forward(self, x, *context):
         loc, log_scale = self.network(x).unbind(-2)
+        loc = loc.detach() if self.fault == "location" else loc
+        log_scale = log_scale.detach() if self.fault == "scale" else log_scale
         law = UNCERTAIN.get(self.fault, dist.Normal)(loc, log_scale.exp())
         return law if self.fault == "event" else law.to_event(1)
 
@@ -335,6 +349,8 @@ UNCERTAIN = {"path": Unpathed, "blocked": Blocked, "misdrawn": Misdrawn}
         ("blocked", "no gradient flows through the draws"),
         ("misdrawn", "draws do not follow the density"),
         ("path", "rsample and log_prob differ"),
+        ("location", "direction in the parameters the log-density changes at a rate of"),
+        ("scale", "direction in the parameters the log-density changes at a rate of"),
     ],
 )
 def test_a_posterior_that_breaks_its_promise_is_told_which(fault, message):
@@ -360,3 +376,25 @@ def test_a_datum_that_is_not_its_elements_is_found(fault):
     message = "product of those of its elements" if fault == "density" else "do not follow its law"
     with pytest.raises(ValueError, match=message):
         check_likelihood(Whole(MLP(2, [8], 4)), torch.randn(3, 2))
+
+
+def test_kinks_where_a_network_begins_are_no_false_alarm():
+    """Half of the slope lies on either side of a ReLU at 0, and of a clamp at its bound."""
+
+    class Clamped(likelihoods.Likelihood):
+        def forward(self, z, *context):
+            return dist.Normal(self.network(z.clamp(0, 1)), 1.0).to_event(1)
+
+    network = MLP(2, [64, 64], 3)
+    for name, parameter in network.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+    for seed in range(3):
+        check_likelihood(likelihoods.Normal(network), torch.zeros(3, 2), seed=seed)
+        check_likelihood(Clamped(network), torch.eye(2), seed=seed)
+
+
+def test_a_density_that_does_not_depend_on_z_is_sound():
+    network = MLP(2, [8], 3)
+    nn.init.zeros_(network.last.weight)
+    check_likelihood(likelihoods.Normal(network), torch.randn(3, 2))
