@@ -398,3 +398,108 @@ def test_a_density_that_does_not_depend_on_z_is_sound():
     network = MLP(2, [8], 3)
     nn.init.zeros_(network.last.weight)
     check_likelihood(likelihoods.Normal(network), torch.randn(3, 2))
+
+
+class Of(likelihoods.Likelihood):
+    """A likelihood of any law of one number."""
+
+    def __init__(self, law):
+        super().__init__(MLP(2, [8], 3))
+        self.law = law
+
+    def forward(self, z, *context):
+        return self.law(self.network(z)).to_event(1)
+
+
+class Underdrawn(dist.Binomial):
+    def sample(self, sample_shape=()):
+        return (super().sample(sample_shape) - 1).clamp(min=0)
+
+
+class Narrow(dist.Uniform):
+    """Draws of the middle alone."""
+
+    def sample(self, sample_shape=()):
+        return (self.low + self.high) / 2 + (super().sample(sample_shape) - self.low) / 4
+
+
+def normals(at):
+    mixing = dist.Categorical(torch.ones(*at.shape, 2).to(at))
+    return dist.MixtureSameFamily(mixing, dist.Normal(torch.stack([at, at + 3], -1), 1.0))
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        lambda at: dist.Binomial(16, logits=at),
+        lambda at: dist.Binomial(torch.tensor([1.0, 4.0, 9.0]).to(at), logits=at),
+        lambda at: dist.Uniform(at - 1, at + 1),
+        lambda at: dist.Uniform(at - at.exp(), at + 1),
+        lambda at: dist.Pareto(at.exp(), 3.0),
+        lambda at: dist.Geometric(logits=at),
+        normals,
+    ],
+)
+def test_likelihoods_of_any_bounds_keep_the_contract(law):
+    check_likelihood(Of(law), torch.randn(3, 2))
+
+
+@pytest.mark.parametrize(
+    "law",
+    [lambda at: Underdrawn(16, logits=at), lambda at: Narrow(at - 1, at + 1)],
+)
+def test_draws_within_bounds_are_held_against_their_law(law):
+    with pytest.raises(ValueError, match="do not follow its law"):
+        check_likelihood(Of(law), torch.randn(3, 2))
+
+
+def test_a_support_that_is_beyond_the_check_is_named():
+    class _Within(torch.distributions.constraints.Constraint):
+        is_discrete, event_dim = False, 0
+
+        def check(self, value):
+            return value.abs() <= 5
+
+    class Middling(dist.Uniform):
+        support = _Within()
+
+    with pytest.raises(NotImplementedError, match="elements of Middling have the support Within"):
+        check_likelihood(Of(lambda at: Middling(at - 1, at + 1)), torch.zeros(3, 2))
+
+
+class Over(priors.Prior):
+    def __init__(self, law):
+        super().__init__()
+        self.law, self.parameter = law, nn.Parameter(torch.tensor([0.3, 0.8]))
+
+    def forward(self):
+        return self.law(self.parameter)
+
+
+class Overdrawn(dist.Gamma):
+    def sample(self, sample_shape=()):
+        return 1.2 * super().sample(sample_shape)
+
+
+def test_priors_over_part_of_the_space_keep_the_contract():
+    for law in (
+        lambda at: dist.Gamma(2.0, at.exp()).to_event(1),
+        lambda at: dist.Uniform(-at.exp(), at.exp()).to_event(1),
+        lambda at: dist.Beta(1 + at, 2.0).to_event(1),
+    ):
+        check_prior(Over(law))
+    with pytest.raises(ValueError, match="draws do not follow the density"):
+        check_prior(Over(lambda at: Overdrawn(2.0, at.exp()).to_event(1)))
+
+
+@pytest.mark.parametrize(
+    ("law", "message"),
+    [
+        (lambda at: dist.Dirichlet(at.exp()), "Dirichlet has a support of fewer dimensions"),
+        (lambda at: dist.OneHotCategorical(logits=at), "OneHotCategorical is a law of discrete"),
+        (lambda at: dist.Poisson(at.exp()).to_event(1), "Poisson is a law of discrete values"),
+    ],
+)
+def test_priors_beyond_the_check_are_named(law, message):
+    with pytest.raises(NotImplementedError, match=message):
+        check_prior(Over(law))
