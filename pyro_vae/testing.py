@@ -376,7 +376,7 @@ def _check_particles(density: Distribution, z: Tensor) -> None:
         )
 
 
-def _check_integral(density: Distribution, draws: Tensor) -> None:
+def _check_integral(density: Any, draws: Tensor) -> None:
     """The density integrates to 1, and the draws follow it."""
     if not draws.isfinite().all():
         raise ValueError("a draw is NaN or infinite: check the scales of the prior")
