@@ -92,7 +92,9 @@ def check_objective(objective: ELBO, pair: Pair, *batch: Tensor) -> None:
             warnings.filterwarnings("error", "Failed to verify mean field restriction")
             copy.deepcopy(objective).loss_and_grads(pair.model, pair.guide, *rows)
     except (RuntimeError, ValueError, NotImplementedError, UserWarning) as error:
-        reason = " ".join(str(error).partition("\n")[0].split()).rstrip(":")
+        first, _, rest = str(error).partition("\n")
+        cause = rest.partition("\n")[0] if first.endswith("':") else ""  # Pyro's, of a site
+        reason = " ".join(f"{first} {cause}".split()).removesuffix(":")
         if isinstance(error, UserWarning):
             reason = (
                 "its KLs in closed form need a guide that draws the latents in the order of the "
