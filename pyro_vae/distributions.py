@@ -423,6 +423,12 @@ class Observed(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
+            if not self.base_dist.support.check(value.new_tensor(self.fill)).all():
+                raise ValueError(
+                    f"the fill {self.fill:g} of Missing lies outside the support of "
+                    f"{type(self.base_dist).__name__} : give a value within it"
+                    f"within it"
+                )
         missing = value.isnan()
         # Masking alone gives a finite score, whose gradient is 0 times NaN.
         score = self.base_dist.log_prob(value.masked_fill(missing, self.fill))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.hierarchy import HierarchicalVAE, check_layers
+from pyro_vae.likelihoods import Missing
 from pyro_vae.objectives import BetaELBO
 from pyro_vae.scoring import Pair, validation
 from pyro_vae.vae import VAE, check_parts
@@ -59,6 +60,7 @@ def check_pair(pair: Pair, *batch: Tensor) -> None:
     """
     if isinstance(pair, VAE):
         check_parts(pair)
+        _check_sizes(pair.likelihood, batch)
     elif isinstance(pair, HierarchicalVAE):
         check_layers(pair)
     with (
@@ -93,7 +95,9 @@ def check_objective(objective: ELBO, pair: Pair, *batch: Tensor) -> None:
             warnings.filterwarnings("error", "Failed to verify mean field restriction")
             copy.deepcopy(objective).loss_and_grads(pair.model, pair.guide, *rows)
     except (RuntimeError, ValueError, NotImplementedError, UserWarning) as error:
-        reason = " ".join(str(error).partition("\n")[0].split())
+        first, _, rest = str(error).partition("\n")
+        cause = rest.partition("\n")[0] if first.endswith("':") else ""  # Pyro's, of a site
+        reason = " ".join(f"{first} {cause}".split()).removesuffix(":")
         if isinstance(error, UserWarning):
             reason = (
                 "its KLs in closed form need a guide that draws the latents in the order of the "
@@ -138,6 +142,21 @@ def _check_programs(pair: Pair, batch: tuple[Tensor, ...], size: int) -> None:
     _check_scores("model", model)
     if isinstance(pair, nn.Module):
         _check_trained(pair, model, guide)
+
+
+def _check_sizes(likelihood: nn.Module, batch: tuple[Tensor, ...]) -> None:
+    """Size factors are positive, where a likelihood takes the last context as them."""
+    while isinstance(likelihood, Missing):
+        likelihood = likelihood.likelihood
+    if not getattr(likelihood, "size_factor", False) or len(batch) < 2:
+        return
+    size = batch[-1]
+    wrong = size[~(size > 0)]
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} size factors of {type(likelihood).__name__} are not positive, "
+            f"{wrong[0]:g} for one: remove such rows, since a count of mean 0 teaches nothing"
+        )
 
 
 def _check_sites(model: poutine.Trace, guide: poutine.Trace) -> None:

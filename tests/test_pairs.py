@@ -420,3 +420,35 @@ def test_a_schedule_within_an_objective_takes_no_step_in_the_check():
     objective = BetaELBO(1.0, elbo=BetaELBO(1.0, start=0.0, steps=10))
     check_objective(objective, linear_vae(4, 2), X)
     assert objective.elbo.step == 0
+
+
+@pytest.mark.parametrize("size", [0.0, -2.0, float("nan")])
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_size_factor_that_is_not_positive_is_named(size, missing):
+    likelihood = likelihoods.Poisson(MLP(2, [], 4), size_factor=True)
+    vae = VAE(
+        priors.Normal(2),
+        likelihoods.Missing(likelihood) if missing else likelihood,
+        posteriors.Normal(MLP(4, [], (2, 2), context=1)),
+    )
+    x, sizes = torch.ones(6, 4), torch.ones(6, 1)
+    check_pair(vae, x, sizes)
+    sizes[4] = size  # beyond the rows on which the programs run
+    with pytest.raises(
+        ValueError, match=f"1 size factors of Poisson are not .*, {size:g} for one"
+    ):
+        check_pair(vae, x, sizes)
+
+
+def test_a_fill_outside_of_the_support_is_told_in_a_whole_sentence():
+    x = torch.ones(6, 4)
+    x[0, 0] = torch.nan
+    encoder = MLP(4, [], (2, 2), transform=torch.nan_to_num)
+    vae = VAE(
+        priors.Normal(2),
+        likelihoods.Missing(likelihoods.Poisson(MLP(2, [], 4)), fill=-3),
+        posteriors.Normal(encoder),
+    )
+    message = r"the fill -3 of Missing lies outside the support of Poisson .*: give a value within"
+    with pytest.raises(ValueError, match=message):
+        check_objective(Trace_ELBO(), vae, x)

@@ -116,6 +116,12 @@ class Unsound(likelihoods.Likelihood):
 
     def forward(self, z, *context):
         loc = self.network(z)
+        if self.fault == "cut":
+            loc = self.network(z.detach())
+        if self.fault == "half cut":
+            loc = self.network(torch.stack([z[..., 0], z[..., 1].detach()], -1))
+        if self.fault == "half trained":
+            loc = (loc + loc.detach()) / 2
         if self.fault == "pooled":
             loc = loc - loc.mean(0, keepdim=True)
         law = {"misdrawn": Misdrawn, "unnormalised": Unnormalised}.get(self.fault, dist.Normal)(
@@ -142,6 +148,12 @@ class Miscounted(dist.Poisson):
         ("greyscale", "total mass of"),
         ("misdrawn", r"draws of element \d+ do not follow its law"),
         ("counts", r"draws of element \d+ do not follow its law"),
+        (
+            "cut",
+            r"direction in z the log-density changes at a rate of .*, and its gradient gives 0:",
+        ),
+        ("half cut", "direction in z the log-density changes at a rate of"),
+        ("half trained", "direction in the parameters the log-density changes at a rate of"),
     ],
 )
 def test_a_likelihood_that_breaks_its_promise_is_told_which(fault, message):
@@ -309,6 +321,8 @@ class Uncertain(posteriors.Posterior):
 
     def forward(self, x, *context):
         loc, log_scale = self.network(x).unbind(-2)
+        loc = loc.detach() if self.fault == "location" else loc
+        log_scale = log_scale.detach() if self.fault == "scale" else log_scale
         law = UNCERTAIN.get(self.fault, dist.Normal)(loc, log_scale.exp())
         return law if self.fault == "event" else law.to_event(1)
 
@@ -335,6 +349,8 @@ UNCERTAIN = {"path": Unpathed, "blocked": Blocked, "misdrawn": Misdrawn}
         ("blocked", "no gradient flows through the draws"),
         ("misdrawn", "draws do not follow the density"),
         ("path", "rsample and log_prob differ"),
+        ("location", "direction in the parameters the log-density changes at a rate of"),
+        ("scale", "direction in the parameters the log-density changes at a rate of"),
     ],
 )
 def test_a_posterior_that_breaks_its_promise_is_told_which(fault, message):
@@ -360,3 +376,130 @@ def test_a_datum_that_is_not_its_elements_is_found(fault):
     message = "product of those of its elements" if fault == "density" else "do not follow its law"
     with pytest.raises(ValueError, match=message):
         check_likelihood(Whole(MLP(2, [8], 4)), torch.randn(3, 2))
+
+
+def test_kinks_where_a_network_begins_are_no_false_alarm():
+    """Half of the slope lies on either side of a ReLU at 0, and of a clamp at its bound."""
+
+    class Clamped(likelihoods.Likelihood):
+        def forward(self, z, *context):
+            return dist.Normal(self.network(z.clamp(0, 1)), 1.0).to_event(1)
+
+    network = MLP(2, [64, 64], 3)
+    for name, parameter in network.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+    for seed in range(3):
+        check_likelihood(likelihoods.Normal(network), torch.zeros(3, 2), seed=seed)
+        check_likelihood(Clamped(network), torch.eye(2), seed=seed)
+
+
+def test_a_density_that_does_not_depend_on_z_is_sound():
+    network = MLP(2, [8], 3)
+    nn.init.zeros_(network.last.weight)
+    check_likelihood(likelihoods.Normal(network), torch.randn(3, 2))
+
+
+class Of(likelihoods.Likelihood):
+    """A likelihood of any law of one number."""
+
+    def __init__(self, law):
+        super().__init__(MLP(2, [8], 3))
+        self.law = law
+
+    def forward(self, z, *context):
+        return self.law(self.network(z)).to_event(1)
+
+
+class Underdrawn(dist.Binomial):
+    def sample(self, sample_shape=()):
+        return (super().sample(sample_shape) - 1).clamp(min=0)
+
+
+class Narrow(dist.Uniform):
+    """Draws of the middle alone."""
+
+    def sample(self, sample_shape=()):
+        return (self.low + self.high) / 2 + (super().sample(sample_shape) - self.low) / 4
+
+
+def normals(at):
+    mixing = dist.Categorical(torch.ones(*at.shape, 2).to(at))
+    return dist.MixtureSameFamily(mixing, dist.Normal(torch.stack([at, at + 3], -1), 1.0))
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        lambda at: dist.Binomial(16, logits=at),
+        lambda at: dist.Binomial(torch.tensor([1.0, 4.0, 9.0]).to(at), logits=at),
+        lambda at: dist.Uniform(at - 1, at + 1),
+        lambda at: dist.Uniform(at - at.exp(), at + 1),
+        lambda at: dist.Pareto(at.exp(), 3.0),
+        lambda at: dist.Geometric(logits=at),
+        normals,
+    ],
+)
+def test_likelihoods_of_any_bounds_keep_the_contract(law):
+    check_likelihood(Of(law), torch.randn(3, 2))
+
+
+@pytest.mark.parametrize(
+    "law",
+    [lambda at: Underdrawn(16, logits=at), lambda at: Narrow(at - 1, at + 1)],
+)
+def test_draws_within_bounds_are_held_against_their_law(law):
+    with pytest.raises(ValueError, match="do not follow its law"):
+        check_likelihood(Of(law), torch.randn(3, 2))
+
+
+def test_a_support_that_is_beyond_the_check_is_named():
+    class _Within(torch.distributions.constraints.Constraint):
+        is_discrete, event_dim = False, 0
+
+        def check(self, value):
+            return value.abs() <= 5
+
+    class Middling(dist.Uniform):
+        support = _Within()
+
+    with pytest.raises(NotImplementedError, match="elements of Middling have the support Within"):
+        check_likelihood(Of(lambda at: Middling(at - 1, at + 1)), torch.zeros(3, 2))
+
+
+class Over(priors.Prior):
+    def __init__(self, law):
+        super().__init__()
+        self.law, self.parameter = law, nn.Parameter(torch.tensor([0.3, 0.8]))
+
+    def forward(self):
+        return self.law(self.parameter)
+
+
+class Overdrawn(dist.Gamma):
+    def sample(self, sample_shape=()):
+        return 1.2 * super().sample(sample_shape)
+
+
+def test_priors_over_part_of_the_space_keep_the_contract():
+    for law in (
+        lambda at: dist.Gamma(2.0, at.exp()).to_event(1),
+        lambda at: dist.Uniform(-at.exp(), at.exp()).to_event(1),
+        lambda at: dist.Beta(1 + at, 2.0).to_event(1),
+    ):
+        check_prior(Over(law))
+    with pytest.raises(ValueError, match="draws do not follow the density"):
+        check_prior(Over(lambda at: Overdrawn(2.0, at.exp()).to_event(1)))
+
+
+@pytest.mark.parametrize(
+    ("law", "message"),
+    [
+        (lambda at: dist.Dirichlet(at.exp()), "Dirichlet has a support of fewer dimensions"),
+        (lambda at: dist.OneHotCategorical(logits=at), "OneHotCategorical is a law of discrete"),
+        (lambda at: dist.Poisson(at.exp()).to_event(1), "Poisson is a law of discrete values"),
+    ],
+)
+def test_priors_beyond_the_check_are_named(law, message):
+    with pytest.raises(NotImplementedError, match=message):
+        check_prior(Over(law))
