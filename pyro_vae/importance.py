@@ -12,6 +12,7 @@ __all__ = [
     "each_datum",
     "latents",
     "need_rsample",
+    "single",
     "unscaled",
 ]
 
@@ -155,7 +156,7 @@ class _Averaging(Direct, abc.ABC):
                     f"the pathwise one"
                 )
         sites = [site for _, site in latents(guided) if data_dim(site) is not None]
-        if any(not (_single(each) and _alike(each["scale"], sites[0]["scale"])) for each in sites):
+        if any(not (single(each) and _alike(each["scale"], sites[0]["scale"])) for each in sites):
             raise ValueError(f"{of} needs one weight for all latents, and they have several")
         return guided
 
@@ -332,7 +333,7 @@ def _scale(modelled: Trace) -> Any:
     """What a datum counts: the scale of its observed sites, 1 or that of a subsample."""
     sites = [modelled.nodes[name] for name in modelled.observation_nodes]
     sites = [site for site in sites if data_dim(site) is not None]
-    if any(not (_single(each) and _alike(each["scale"], sites[0]["scale"])) for each in sites):
+    if any(not (single(each) and _alike(each["scale"], sites[0]["scale"])) for each in sites):
         raise ValueError(
             "importance weights need one scale for all that is observed of a datum, and the "
             "observed sites of the model have several"
@@ -340,7 +341,7 @@ def _scale(modelled: Trace) -> Any:
     return sites[0]["scale"] if sites else 1.0
 
 
-def _single(site: Site) -> bool:
+def single(site: Site) -> bool:
     """Whether the scale of a site is a number, or one for each datum of a rightmost plate."""
     return not torch.is_tensor(site["scale"]) or site["scale"].dim() <= (data_dim(site) == -1)
 
