@@ -22,6 +22,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -163,12 +164,16 @@ class _Averaging(Direct, abc.ABC):
     def _check_held(
         self, guide: Program, spread: Spread, guided: Trace, args: Any, kwargs: Any
     ) -> None:
-        """Refuse a guide whose density moves with parameters that were to be held, once.
+        """Refuse a guide whose density moves with parameters that were to be held.
 
-        Or one whose density at a draw is another in a second run, where it can be read.
+        Refused is also one whose density at a draw is another in a second run, where it can be
+        read. A guide is tried once for the modules that it has, in the mode of each.
         """
         owner = _owner(guide)
-        key = getattr(poutine.unwrap(guide), "__func__", None), getattr(owner, "training", None)
+        # Modules by weak references, since an owner among them would keep itself alive.
+        modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
+        state = tuple((weakref.ref(each), each.training) for each in modules)
+        key = getattr(poutine.unwrap(guide), "__func__", None), state
         if key in self._held.get(owner, ()):
             return
         still = guided.copy()
@@ -542,8 +547,8 @@ def at_least_one(particles: int) -> int:
     Raises:
         ValueError: It is below 1, or no whole number.
     """
+    if not isinstance(particles, Real) or not math.isfinite(particles) or particles % 1:
+        raise ValueError(f"an objective draws a whole number of particles, not {particles!r}")
     if particles < 1:
         raise ValueError(f"an objective draws at least 1 particle, not {particles}")
-    if particles != int(particles):
-        raise ValueError(f"an objective draws a whole number of particles, not {particles}")
-    return particles
+    return int(particles)

@@ -58,6 +58,7 @@ class BetaELBO(ELBO):
     Raises:
         ValueError: A weight or a schedule that is negative or not finite, or a schedule of
             which only one half is given.
+        TypeError: What is to be weighted is no objective, or a class of them.
 
     Example:
         >>> BetaELBO(4.0).weight
@@ -72,6 +73,10 @@ class BetaELBO(ELBO):
         steps: int = 0,
         elbo: ELBO | None = None,
     ) -> None:
+        if elbo is not None and not isinstance(elbo, ELBO):
+            raise TypeError(
+                f"a BetaELBO weights an objective, such as IWAE(5) or Trace_ELBO(), not {elbo!r}"
+            )
         for b in (weight, weight if start is None else start):
             if not 0 <= b < math.inf:
                 raise ValueError(f"the weight of the KL is finite and at least 0, not {b}")
@@ -141,7 +146,7 @@ class FreeBits(Direct):
 
     Raises:
         ValueError: A floor that is negative or not finite, or fewer than 1 particle; in use, a
-            model without latents in a plate named ``data``.
+            model and a guide without a plate named ``data``.
 
     Example:
         >>> FreeBits(0.5).nats
@@ -181,10 +186,11 @@ class FreeBits(Direct):
                 else:
                     kl = _kl(guided.nodes[name], site, closed=closed)
                     groups.setdefault(name, []).append(kl)
-        if not groups:
+        drawn = [*modelled.nodes.values(), *guided.nodes.values()]
+        if not any(data_dim(site) for site in drawn if site["type"] == "sample"):
             raise ValueError(
-                "free bits are a floor under the KL of latents in a plate named 'data', and the "
-                "model has none: rename the plate over the data, or use Trace_ELBO"
+                "free bits are a floor under the KL of latents in a plate named 'data', and "
+                "neither the model nor the guide has a site in one: rename the plate of the data"
             )
         for name, draws in groups.items():
             bound = bound - self._floored(torch.stack(draws).mean(0), guided.nodes[name])

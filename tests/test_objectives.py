@@ -122,6 +122,12 @@ def test_a_schedule_that_makes_no_sense_is_refused(weight, schedule, words):
         BetaELBO(weight, **schedule)
 
 
+@pytest.mark.parametrize("elbo", [IWAE, "IWAE"])
+def test_what_is_no_objective_is_not_weighted(elbo):
+    with pytest.raises(TypeError, match=r"weights an objective, such as IWAE\(5\).*, not .*IWAE"):
+        BetaELBO(2.0, elbo=elbo)
+
+
 # Free bits
 
 
@@ -347,13 +353,13 @@ def test_free_bits_need_one_scale_for_each_datum():
     free.loss(partial(program, 2.0), partial(program, 2.0, seen=False), x)
 
 
-def test_free_bits_need_latents_in_a_plate_named_data():
+def test_free_bits_need_a_plate_named_data():
     def program(x, observed):
         with pyro.plate("batch", len(x), dim=-1):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x) if observed else None
 
-    with pytest.raises(ValueError, match="latents in a plate named 'data', and the model has no"):
+    with pytest.raises(ValueError, match="latents in a plate named 'data', and neither"):
         FreeBits(0.3).loss(lambda x: program(x, True), lambda x: program(x, False), torch.ones(3))
 
 
