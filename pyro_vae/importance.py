@@ -12,6 +12,7 @@ __all__ = [
     "each_datum",
     "latents",
     "need_rsample",
+    "single",
     "unscaled",
 ]
 
@@ -21,6 +22,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -155,19 +157,23 @@ class _Averaging(Direct, abc.ABC):
                     f"the pathwise one"
                 )
         sites = [site for _, site in latents(guided) if data_dim(site) is not None]
-        if any(not (_single(each) and _alike(each["scale"], sites[0]["scale"])) for each in sites):
+        if any(not (single(each) and _alike(each["scale"], sites[0]["scale"])) for each in sites):
             raise ValueError(f"{of} needs one weight for all latents, and they have several")
         return guided
 
     def _check_held(
         self, guide: Program, spread: Spread, guided: Trace, args: Any, kwargs: Any
     ) -> None:
-        """Refuse a guide whose density moves with parameters that were to be held, once.
+        """Refuse a guide whose density moves with parameters that were to be held.
 
-        Or one whose density at a draw is another in a second run, where it can be read.
+        Refused is also one whose density at a draw is another in a second run, where it can be
+        read. A guide is tried once for the modules that it has, in the mode of each.
         """
         owner = _owner(guide)
-        key = getattr(poutine.unwrap(guide), "__func__", None), getattr(owner, "training", None)
+        # Modules by weak references, since an owner among them would keep itself alive.
+        modules = list(owner.modules()) if isinstance(owner, nn.Module) else []
+        state = tuple((weakref.ref(each), each.training) for each in modules)
+        key = getattr(poutine.unwrap(guide), "__func__", None), state
         if key in self._held.get(owner, ()):
             return
         still = guided.copy()
@@ -332,7 +338,7 @@ def _scale(modelled: Trace) -> Any:
     """What a datum counts: the scale of its observed sites, 1 or that of a subsample."""
     sites = [modelled.nodes[name] for name in modelled.observation_nodes]
     sites = [site for site in sites if data_dim(site) is not None]
-    if any(not (_single(each) and _alike(each["scale"], sites[0]["scale"])) for each in sites):
+    if any(not (single(each) and _alike(each["scale"], sites[0]["scale"])) for each in sites):
         raise ValueError(
             "importance weights need one scale for all that is observed of a datum, and the "
             "observed sites of the model have several"
@@ -340,7 +346,7 @@ def _scale(modelled: Trace) -> Any:
     return sites[0]["scale"] if sites else 1.0
 
 
-def _single(site: Site) -> bool:
+def single(site: Site) -> bool:
     """Whether the scale of a site is a number, or one for each datum of a rightmost plate."""
     return not torch.is_tensor(site["scale"]) or site["scale"].dim() <= (data_dim(site) == -1)
 
@@ -541,8 +547,8 @@ def at_least_one(particles: int) -> int:
     Raises:
         ValueError: It is below 1, or no whole number.
     """
+    if not isinstance(particles, Real) or not math.isfinite(particles) or particles % 1:
+        raise ValueError(f"an objective draws a whole number of particles, not {particles!r}")
     if particles < 1:
         raise ValueError(f"an objective draws at least 1 particle, not {particles}")
-    if particles != int(particles):
-        raise ValueError(f"an objective draws a whole number of particles, not {particles}")
-    return particles
+    return int(particles)

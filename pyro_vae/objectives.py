@@ -25,7 +25,16 @@ from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 from typing_extensions import override
 
-from pyro_vae.importance import IWAE, Direct, Renyi, at_least_one, data_dim, latents, need_rsample
+from pyro_vae.importance import (
+    IWAE,
+    Direct,
+    Renyi,
+    at_least_one,
+    data_dim,
+    latents,
+    need_rsample,
+    single,
+)
 
 Program = Callable[..., Any]
 
@@ -49,6 +58,7 @@ class BetaELBO(ELBO):
     Raises:
         ValueError: A weight or a schedule that is negative or not finite, or a schedule of
             which only one half is given.
+        TypeError: What is to be weighted is no objective, or a class of them.
 
     Example:
         >>> BetaELBO(4.0).weight
@@ -63,6 +73,10 @@ class BetaELBO(ELBO):
         steps: int = 0,
         elbo: ELBO | None = None,
     ) -> None:
+        if elbo is not None and not isinstance(elbo, ELBO):
+            raise TypeError(
+                f"a BetaELBO weights an objective, such as IWAE(5) or Trace_ELBO(), not {elbo!r}"
+            )
         for b in (weight, weight if start is None else start):
             if not 0 <= b < math.inf:
                 raise ValueError(f"the weight of the KL is finite and at least 0, not {b}")
@@ -117,12 +131,13 @@ class BetaELBO(ELBO):
 class FreeBits(Direct):
     """ELBO whose KL costs nothing below a floor, ``E_q[log p(x|z)] - sum_g max(f, KL_g)``.
 
-    ``KL_g`` is the mean over the batch of the KL of a group g of latents. Groups are the
-    dimensions of z where prior and posterior both factorise and their KL has a closed form
-    (with several latents, where the guide has the order of the model), and otherwise whole
-    sites. Kingma et al. (2016), Improving Variational Inference with
-    Inverse Autoregressive Flow, equation 15. The value is a lower bound, looser than the ELBO
-    by what the floors add.
+    ``KL_g`` is the mean over the batch of the KL of a group g of latents, which lie in the
+    plate ``data``; a latent outside of that has no floor. Groups are the dimensions of z
+    where prior and posterior both factorise and their KL has a closed form (with several
+    latents, where the guide has the order of the model), and otherwise whole sites. Where
+    data have scales of their own, the mean is weighted by these. Kingma et al. (2016),
+    Improving Variational Inference with Inverse Autoregressive Flow, equation 15. The value
+    is a lower bound, looser than the ELBO by what the floors add.
 
     Args:
         nats: The floor f of each group's KL, at least 0.
@@ -130,7 +145,8 @@ class FreeBits(Direct):
         max_plate_nesting: Number of nested plates, the one over the data included.
 
     Raises:
-        ValueError: A floor that is negative or not finite, or fewer than 1 particle.
+        ValueError: A floor that is negative or not finite, or fewer than 1 particle; in use, a
+            model and a guide without a plate named ``data``.
 
     Example:
         >>> FreeBits(0.5).nats
@@ -170,13 +186,27 @@ class FreeBits(Direct):
                 else:
                     kl = _kl(guided.nodes[name], site, closed=closed)
                     groups.setdefault(name, []).append(kl)
+        drawn = [*modelled.nodes.values(), *guided.nodes.values()]
+        if not any(data_dim(site) for site in drawn if site["type"] == "sample"):
+            raise ValueError(
+                "free bits are a floor under the KL of latents in a plate named 'data', and "
+                "neither the model nor the guide has a site in one: rename the plate of the data"
+            )
         for name, draws in groups.items():
-            kl = torch.stack(draws).mean(0)
-            mean = kl.mean(0)
-            # Without a floor the sum is the KL itself, also where a drawn one is negative.
-            free = mean.clamp(min=self.nats) if self.nats else mean
-            bound = bound - guided.nodes[name]["scale"] * len(kl) * free.sum()
+            bound = bound - self._floored(torch.stack(draws).mean(0), guided.nodes[name])
         return -torch.as_tensor(bound)
+
+    def _floored(self, kl: Tensor, site: Any) -> Tensor:
+        """The KL ``(N, groups)`` of one site, each datum scaled, with the floor of each group."""
+        if not single(site):
+            raise ValueError(
+                f"free bits need one scale for each datum, and '{site['name']}' has several: "
+                f"scale all latents of a datum alike, or use Trace_ELBO"
+            )
+        scale = torch.as_tensor(site["scale"]).to(kl).expand(len(kl))
+        total = scale @ kl
+        # Without a floor the sum is the KL itself, also where a drawn one is negative.
+        return (total.clamp(min=self.nats * scale.sum()) if self.nats else total).sum()
 
 
 def _kl(guided: Any, modelled: Any, *, closed: bool) -> Tensor:

@@ -247,7 +247,8 @@ def _check_support(name: str, site: Any, x: Tensor) -> None:
     outside, example = int((~inside).sum()), value[~inside].flatten()
     element = getattr(element, "complete", element)  # of what is not missing
     whole = len(example) > outside  # the support is one of whole vectors
-    shown = "" if whole else f", {example[0]:g} for one"
+    row = int((~inside).nonzero()[0, 0])
+    shown = f", row {row} for one" if whole else f", {example[0]:g} for one"
     raise ValueError(
         f"{outside} {'data' if whole else 'values'} of {name} lie outside the support of "
         f"{family(site['fn'])}{_described(element)}{shown}: {_advice(element, example)}"

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import pyro.distributions as dist
@@ -147,6 +148,7 @@ class MixtureOfNormals(Prior):
     def __init__(self, latent: int, *, components: int = 10) -> None:
         super().__init__()
         _check(latent, components=components)
+        _whole(components=components)
         self.loc = nn.Parameter(torch.randn(components, latent))
         self.log_scale = nn.Parameter(torch.zeros(components, latent))
         self.logits = nn.Parameter(torch.zeros(components))
@@ -170,14 +172,14 @@ class VampPrior(Prior):
 
     Args:
         posterior: The posterior of the same VAE, without context.
-        data: Training values ``(N, *shape)``.
+        data: Training values ``(N, *shape)`` as they are scored, ``data.train.batch()[0]``.
         components: Number K of pseudo-inputs.
 
     Attributes:
         pseudo_inputs: The pseudo-inputs ``(K, *shape)``, parameters.
 
     Raises:
-        ValueError: No components, or data that the posterior does not take.
+        ValueError: No components, or data that are bytes or that the posterior does not take.
 
     Example:
         >>> from pyro_vae import MLP, posteriors
@@ -192,6 +194,12 @@ class VampPrior(Prior):
     def __init__(self, posterior: nn.Module, data: Tensor, *, components: int = 500) -> None:
         super().__init__()
         _check(1, components=components)
+        _whole(components=components)
+        if data.dtype == torch.uint8:
+            raise ValueError(
+                "a VampPrior takes data as they are scored, and these are bytes: give it floats, "
+                "such as data.train.batch()[0]"
+            )
         few = components > len(data)
         rows = torch.randint(len(data), [components]) if few else torch.randperm(len(data))
         values = data[rows[:components].to(data.device)].clone().nan_to_num()
@@ -265,7 +273,7 @@ class Flow(Prior):
         hidden: Widths of the hidden layers of each.
 
     Raises:
-        ValueError: No latents or no transformations.
+        ValueError: No latents, no transformations or a negative number of context features.
 
     Example:
         >>> Flow(2, transforms=1)().sample().shape
@@ -284,6 +292,9 @@ class Flow(Prior):
     ) -> None:
         super().__init__()
         _check(latent, transforms=transforms)
+        _whole(transforms=transforms, context=context)
+        if context < 0:
+            raise ValueError(f"the context of a Flow prior has at least 0 features, not {context}")
         self.context = context
         self.flow = zuko().flows.NSF(
             latent, context, transforms=transforms, hidden_features=list(hidden)
@@ -340,6 +351,14 @@ def _check(latent: int, **sizes: float) -> None:
     """Refuse sizes that are not positive."""
     if latent < 1:
         raise ValueError(f"a latent vector has at least 1 dimension, not {latent}")
+    _whole(latent=latent)
     for name, size in sizes.items():
         if not (size > 0 and math.isfinite(size)):
             raise ValueError(f"the {name} of a prior must be positive and finite, not {size}")
+
+
+def _whole(**numbers: int) -> None:
+    """Refuse numbers of things that are no integers."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise ValueError(f"the {name} of a prior must be a whole number, not {number}")

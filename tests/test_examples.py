@@ -109,7 +109,29 @@ def test_the_comparisons_are_paired(data_dir, tmp_path):
     again = run("benchmarks/comparisons.py", tmp_path, *options)  # from the file
     assert again.splitlines() == first.splitlines()[4:]
     row = next(line for line in again.splitlines() if line.startswith("| VampPrior | 2 |"))
+    results = json.loads((tmp_path / "comparisons.json").read_text())
+    assert [each["rows"] for each in results] == [200] * 4
     assert re.search(r"[+-]\d+\.\d\d \([+-]\d+\.\d\d to [+-]\d+\.\d\d\)", row)
+
+
+def test_comparisons_of_fewer_images_are_kept_apart(data_dir, tmp_path):
+    full = {"variant": "standard", "seed": 0, "epochs": 1, "L_200": -50.0, "test_elbo": -60.0}
+    (tmp_path / "comparisons.json").write_text(json.dumps([full]))
+    options = [
+        "--data-dir",
+        str(data_dir),
+        "--epochs",
+        "1",
+        "--seeds",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
+    options += ["--variants", "standard"]
+    for rows, count in (([], 1), (["--rows", "100"], 2), (["--rows", "100"], 2), ([], 2)):
+        printed = run("benchmarks/comparisons.py", tmp_path, *options, *rows)
+        assert ("| standard | 1 | -50.00 | -60.00 |" in printed) == (not rows)
+        assert len(json.loads((tmp_path / "comparisons.json").read_text())) == count
 
 
 def test_signal_and_noise_are_measured(tmp_path):

@@ -5,6 +5,7 @@ for the values and partial derivatives that they compare, and fixed seeds.
 """
 
 import copy
+import gc
 import math
 from functools import partial
 
@@ -1040,6 +1041,38 @@ def test_a_guide_that_is_random_beyond_its_sites_is_refused(count):
     objective.loss_and_grads(vae.eval().model, vae.guide, x)
     with pytest.raises(ValueError, match="as with dropout"):
         objective.loss_and_grads(vae.train().model, vae.guide, x)
+
+
+def test_a_part_that_is_swapped_is_tried_too():
+    def posterior(*layers):
+        return posteriors.Normal(nn.Sequential(nn.Linear(3, 20), *layers, MLP(20, [], (2, 2))))
+
+    vae, x = build(posterior=posterior()), torch.randn(6, 3)
+    objective = IWAE(4, **DOUBLY)
+    objective.loss_and_grads(vae.model, vae.guide, x)
+    vae.posterior = posterior(nn.Dropout())
+    with pytest.raises(ValueError, match="as with dropout"):
+        objective.loss_and_grads(vae.model, vae.guide, x)
+    vae.posterior.network[1].eval()
+    objective.loss_and_grads(vae.model, vae.guide, x)
+    vae.posterior.network[1].train()
+    with pytest.raises(ValueError, match="as with dropout"):
+        objective.loss_and_grads(vae.model, vae.guide, x)
+
+
+def test_what_was_tried_is_not_kept_alive():
+    objective, vae = IWAE(2, **DOUBLY), build()
+    objective.loss_and_grads(vae.model, vae.guide, torch.randn(6, 3))
+    assert len(objective._held) == 1
+    del vae
+    gc.collect()
+    assert len(objective._held) == 0
+
+
+@pytest.mark.parametrize("particles", [math.nan, math.inf, "3", 2.5])
+def test_it_draws_a_whole_number_of_particles(particles):
+    with pytest.raises(ValueError, match=f"a whole number of particles, not {particles!r}"):
+        IWAE(particles)
 
 
 def test_latents_without_pathwise_gradient_are_refused():

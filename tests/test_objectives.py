@@ -1,6 +1,7 @@
 """Objectives against the closed form of a linear VAE."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -119,6 +120,12 @@ def test_a_schedule_under_svi_takes_a_step_with_each_of_its():
 def test_a_schedule_that_makes_no_sense_is_refused(weight, schedule, words):
     with pytest.raises(ValueError, match=words):
         BetaELBO(weight, **schedule)
+
+
+@pytest.mark.parametrize("elbo", [IWAE, "IWAE"])
+def test_what_is_no_objective_is_not_weighted(elbo):
+    with pytest.raises(TypeError, match=r"weights an objective, such as IWAE\(5\).*, not .*IWAE"):
+        BetaELBO(2.0, elbo=elbo)
 
 
 # Free bits
@@ -318,6 +325,42 @@ def test_free_bits_keep_masks_and_latents_that_only_the_guide_has():
         values.append([loss, loc.grad.item()])
         loc.grad = None
     assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("nats", [0.0, 0.3, 5.0])
+def test_data_of_free_bits_may_have_weights(nats):
+    vae, x = uneven(), torch.randn(4, 3).double()
+    weights = torch.tensor([0.5, 0.1, 3.0, 1.0]).double()
+    kl = weights @ divided(vae, x)
+    assert kl[1] < 0.3 * 4.6 < kl[0] < 5 * 4.6
+    exact = -weights @ exact_halves(vae, x)[0] + kl.clamp(min=nats * 4.6).sum()
+    bias = vae.posterior.network.last.bias
+    truth = torch.cat([exact.detach()[None], torch.autograd.grad(exact, bias)[0]])
+    vae.model, vae.guide = (poutine.scale(each, weights) for each in (vae.model, vae.guide))
+    assert agree(losses_and_gradients(FreeBits(nats), vae, x, [bias]), truth)
+
+
+def test_free_bits_need_one_scale_for_each_datum():
+    def program(weights, x, *, seen=True):
+        with pyro.plate("data", 3, dim=-2), pyro.plate("views", 2, dim=-1):
+            with poutine.scale(scale=weights):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x) if seen else None
+
+    free, weights, x = FreeBits(0.3, max_plate_nesting=2), torch.ones(3, 1), torch.ones(3, 2)
+    with pytest.raises(ValueError, match="need one scale for each datum, and 'z' has several"):
+        free.loss(partial(program, weights), partial(program, weights, seen=False), x)
+    free.loss(partial(program, 2.0), partial(program, 2.0, seen=False), x)
+
+
+def test_free_bits_need_a_plate_named_data():
+    def program(x, observed):
+        with pyro.plate("batch", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x) if observed else None
+
+    with pytest.raises(ValueError, match="latents in a plate named 'data', and neither"):
+        FreeBits(0.3).loss(lambda x: program(x, True), lambda x: program(x, False), torch.ones(3))
 
 
 class Chain(nn.Module):

@@ -301,7 +301,11 @@ def test_a_discrete_posterior_of_a_continuous_prior_is_refused():
         (likelihoods.Poisson, -torch.ones(6, 4), "24 values of x .* Poisson, -1 for one: remove"),
         (likelihoods.Poisson, torch.ones(6, 4) / 2, "Poisson, 0.5 for one"),
         (likelihoods.Poisson, torch.full([6, 4], torch.nan), "wrap the likelihood as Missing"),
-        (likelihoods.Multinomial, torch.eye(6)[:, :4], "2 data of x .* at least one of them pos"),
+        (
+            likelihoods.Multinomial,
+            torch.eye(6)[:, :4],
+            "2 data .* positive\\), row 4 for one",
+        ),
         (likelihoods.Multinomial, torch.ones(6, 4) / 2, "6 data of x lie outside .* Multinomial"),
     ],
 )

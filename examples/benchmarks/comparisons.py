@@ -106,6 +106,7 @@ def run(variant, seed, epochs, directory, rows):
         "variant": variant,
         "seed": seed,
         "epochs": epochs,
+        "rows": rows,
         "samples": metrics[-1]["samples"],
         "binarisation": "static",
         f"L_{DRAWS}": -total / len(test),
@@ -142,6 +143,11 @@ def table(results):
     return "\n".join(lines)
 
 
+def alike(row, options):
+    """Whether a result is of so many epochs and images; one that does not say is of all."""
+    return (row["epochs"], row.get("rows")) == (options.epochs, options.rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="folder of the data sets")
@@ -156,7 +162,7 @@ def main():
     file = options.out / "comparisons.json"
 
     results = json.loads(file.read_text()) if file.exists() else []
-    done = {(row["variant"], row["seed"]) for row in results if row["epochs"] == options.epochs}
+    done = {(row["variant"], row["seed"]) for row in results if alike(row, options)}
     wanted = itertools.product(
         options.seeds, {"standard": None, **dict.fromkeys(options.variants)}
     )
@@ -171,7 +177,7 @@ def main():
             results.append(row)
             file.write_text(json.dumps(results, indent=2) + "\n")
             print(f"{row['variant']}, seed {row['seed']}: {row[f'L_{DRAWS}']:.2f}", flush=True)
-    print(table([row for row in results if row["epochs"] == options.epochs]))
+    print(table([row for row in results if alike(row, options)]))
 
 
 if __name__ == "__main__":

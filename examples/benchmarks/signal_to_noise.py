@@ -1,4 +1,4 @@
-"""How the encoder's gradient under IWAE drowns in noise as particles are added, and how not to.
+"""Signal and noise of the encoder's gradient under IWAE as particles are added, by two estimators.
 
     python examples/benchmarks/signal_to_noise.py
 
