@@ -93,7 +93,7 @@ def fit(
         ValueError: Settings or data that do not fit, found before the first step.
         FileExistsError: The folder holds another run.
         FloatingPointError: The loss or a gradient is NaN or infinite. The weights are those
-            before that step; on a GPU, which is asked once an epoch, those before that epoch.
+            before that step, or before that epoch where the step before it had spoiled them.
 
     Example:
         >>> from pyro_vae import data
@@ -142,14 +142,15 @@ def fit(
                 weight = min(step / (warmup * budget), 1.0) if warmup else 1.0
                 annealed.weight.fill_(weight)
                 loss = svi.loss_and_grads(x, *context)
-                if not watch.passes(loss, _clipped(parameters, clip)):
+                norm = nn.utils.clip_grad_norm_(parameters, clip) if clip < math.inf else None
+                if not watch.passes(loss, norm):
                     batch = data.train.scored(x), *context
-                    raise FloatingPointError(_diagnosis(pair, batch, epoch, step + 1))
+                    raise watch.failed(_diagnosis(pair, batch, epoch, step + 1))
                 optim.step()
                 step, weights = step + 1, weights + weight * len(x)
                 bar.update(len(x))
             if not watch.passed():
-                raise FloatingPointError(_diagnosis(pair, data.train[:batch_size].batch(), epoch))
+                raise watch.failed(_diagnosis(pair, data.train[:batch_size].batch(), epoch))
             row: Metrics = {
                 "epoch": epoch,
                 "samples": epoch * len(data.train),
@@ -196,40 +197,40 @@ class _Stored(ELBO):
 class _Watch:
     """The losses of an epoch, and whether they and the gradients were finite.
 
-    A device that works behind the program's back is not asked until the epoch is over; then
-    the parameters go back to where they were before it.
+    The norm of gradients takes a tenth of a step, so that where none is asked for, a gradient
+    that is no number shows in the next loss, or in the parameters when the epoch is over. A device
+    that works behind the program's back is not asked before that either.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, waits: bool) -> None:
-        self.parameters = parameters
-        self.before = [each.detach().clone() for each in parameters] if waits else None
+        self.parameters, self.waits = parameters, waits
+        self.before = [each.detach().clone() for each in parameters]
         self.total: Any = 0.0
         self.finite: Any = True
 
-    def passes(self, loss: Tensor, norm: Tensor) -> bool:
+    def passes(self, loss: Tensor, norm: Tensor | None) -> bool:
         """Add a loss; whether to go on."""
         self.total = self.total + loss
-        finite = loss.isfinite() & norm.isfinite()
-        if self.before is None:
+        finite = loss.isfinite() if norm is None else loss.isfinite() & norm.isfinite()
+        if not self.waits:
             return bool(finite)
         self.finite = finite & self.finite
         return True
 
     def passed(self) -> bool:
-        """Whether all was finite; puts the parameters back where it was not."""
-        if self.finite:
-            return True
-        with torch.no_grad():
-            for each, value in zip(self.parameters, self.before or (), strict=True):
-                each.copy_(value)
-        return False
+        """Whether all was finite."""
+        return bool(self.finite) and self._sound()
 
+    def failed(self, reason: str) -> FloatingPointError:
+        """Put parameters that are no numbers back where they were, and return the error."""
+        if not self._sound():
+            with torch.no_grad():
+                for each, value in zip(self.parameters, self.before, strict=True):
+                    each.copy_(value)
+        return FloatingPointError(reason)
 
-def _clipped(parameters: Sequence[Tensor], clip: float) -> Tensor:
-    """Clip all gradients together, and return the norm that they had."""
-    if clip < math.inf:
-        return nn.utils.clip_grad_norm_(parameters, clip)
-    return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    def _sound(self) -> bool:
+        return all(bool(each.isfinite().all()) for each in self.parameters)
 
 
 class _Best:

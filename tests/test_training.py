@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from pyro_vae import MLP, VAE, bound, data, fit, likelihoods, restore
 from pyro_vae.objectives import BetaELBO
+from pyro_vae.training import _Watch
 
 quiet = partial(fit, progress=False, batch_size=30)
 
@@ -175,6 +176,41 @@ def test_a_nan_names_its_place_and_keeps_the_weights_before(tmp_path):
     for ours, theirs in zip(vae.parameters(), kept.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+class Poison(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+class Poisoned(nn.Module):
+    """The identity, whose gradient is no number from some run on."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.runs, self.after = 0, after
+
+    def forward(self, x):
+        self.runs += self.training
+        return Poison.apply(x) if self.training and self.runs > self.after else x
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("clip", [math.inf, 1.0])
+def test_a_gradient_that_is_nan_spoils_nothing(waits, clip, monkeypatch):
+    """On a device that waits, and on one that is asked once an epoch."""
+    init = _Watch.__init__
+    monkeypatch.setattr(_Watch, "__init__", lambda self, p, **_: init(self, p, waits=waits))
+    vae = linear_vae(4, 2)
+    vae.posterior.network.hidden = Poisoned(after=12)
+    with pytest.raises(FloatingPointError, match="the loss or a gradient is NaN"):
+        quiet(vae, normal_data(), epochs=9, batch_size=10, clip=clip)
+    assert all(parameter.isfinite().all() for parameter in vae.parameters())
 
 
 def test_an_interrupt_keeps_what_was_finished(tmp_path, monkeypatch):

@@ -208,8 +208,9 @@ def shown(number, digits=2):
 
 def table(size, rows):
     """Markdown of one size."""
+    rounds = len(next(iter(rows.values()))["steps"])
     lines = [
-        f"**{size}**: {SIZES[size].about}.",
+        f"**{size}**: {SIZES[size].about}; medians of {rounds} rounds.",
         "",
         "| contender | ms per step | images per s | to the floor | ours to it | s per epoch "
         "| ours to it | start-up, cold / warm, s | peak, MiB | loss |",
@@ -323,12 +324,12 @@ def machine(options):
 
 
 def where(results):
-    """The machine, the versions and the rounds, in a sentence."""
+    """The machine and the versions, in a sentence."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; Python "
-        f"{machine['python']}, {versions}; medians of {results['rounds']} rounds."
+        f"{machine['python']}, {versions}."
     )
 
 
@@ -442,7 +443,7 @@ def collect(options, results):
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = scratch
         prepare(options)
-        results |= {"machine": machine(options), "rounds": options.rounds}
+        results["machine"] = machine(options)
         if options.linear:
             results["linear"] = linear(options)
         for name in [] if options.linear else options.sizes:
