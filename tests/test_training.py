@@ -207,7 +207,7 @@ def test_a_gradient_that_is_nan_spoils_nothing(waits, clip, monkeypatch):
     init = _Watch.__init__
     monkeypatch.setattr(_Watch, "__init__", lambda self, p, **_: init(self, p, waits=waits))
     vae = linear_vae(4, 2)
-    vae.posterior.network.hidden = Poisoned(after=12)
+    vae.likelihood.network.hidden = Poisoned(after=12)
     with pytest.raises(FloatingPointError, match="the loss or a gradient is NaN"):
         quiet(vae, normal_data(), epochs=9, batch_size=10, clip=clip)
     assert all(parameter.isfinite().all() for parameter in vae.parameters())
