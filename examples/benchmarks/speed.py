@@ -3,13 +3,14 @@
     python examples/benchmarks/speed.py --data-dir DATA
 
 Every contender (`contenders/`) trains the same networks by the same bound with Adam at 1e-3, in a
-process of its own that stays for all rounds, and the rounds go through them in turn: A B C, A B
-C. Each is started twice, with an empty folder for what it compiles (cold) and with the one that
-this filled (warm); start-up is the time from the birth of the process to the end of its first
-step, imports included. A step is timed in blocks, on batches that are ready in memory, binarised
-at one half. An epoch is what the library's users do with the data, the last, smaller batch
-included where the library allows it. Reported are medians over the rounds, and of ratios the
-medians of those within a round, which a change of the machine's pace leaves alone.
+process of its own that stays for all rounds. A round goes through them twice, for a block of
+steps each and for an epoch each: A B C, A B C. Each is started twice, with an empty folder for
+what it compiles (cold) and with the one that this filled (warm); start-up is the time from the
+birth of the process to the end of its first step, imports included. A step is timed in blocks, on
+batches that are ready in memory, binarised at one half. An epoch is what the library's users do
+with the data, the last, smaller batch included where the library allows it. Reported are medians
+over the rounds, and of ratios the medians of those within a round, which a change of the
+machine's pace leaves alone.
 
 Contenders whose packages are missing are left out: ``pip install '.[bench]'``. ``--linear`` shows
 how this package's costs grow in draws and data.
@@ -20,6 +21,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -149,15 +151,13 @@ def measure(cases, options):
                 stack.callback(process.end)
                 processes[label] = process
         rows = {label: begin(process, options) for label, process in processes.items()}
-        for _ in range(options.rounds):
-            for label, process in processes.items():
+        for index in range(max(options.rounds, options.epochs)):
+            for label, process in processes.items() if index < options.rounds else ():
                 count = rows[label]["count"]
                 rows[label]["steps"].append(1e3 * process("timed", count) / count)
-        # The first pass is not counted: it meets the smaller last batch.
-        for index in range(options.epochs + 1 if options.epochs else 0):
-            for label, process in processes.items():
+            for label, process in processes.items() if index < options.epochs else ():
                 seconds = process("epoch")
-                if index and seconds is not None:
+                if seconds is not None:
                     rows[label]["epochs"].append(seconds)
         for label, process in processes.items():
             rows[label]["memory"] = process("memory")
@@ -168,6 +168,8 @@ def begin(process, options):
     """The row of a process that has taken its first steps, without figures so far."""
     loss = process("trained", options.warmup)
     once = process("timed", 10) / 10
+    if options.epochs:
+        process("epoch")  # which meets the smaller last batch, and is not counted
     return {
         "contender": process.name,
         "batch": process.size.batch,
@@ -248,8 +250,10 @@ def promises(results):
     ours = sizes.get("784-400-20", {}).get(OURS)
     if ours:
         if ours["epochs"]:
-            bare = value(ours, "step") * ROWS / ours["batch"] / 1e3
-            add("epoch, to our own bare steps", value(ours, "epoch") / bare, 1.05)
+            steps = math.ceil(ours["rows"] / ours["batch"])
+            pairs = zip(ours["epochs"], ours["steps"], strict=False)
+            bare = [1e3 * epoch / (steps * step) for epoch, step in pairs]
+            add("epoch, to our own bare steps", statistics.median(bare), 1.05)
         for how, most in (("cold", 15), ("warm", 5)):
             add(f"start-up, {how}", ours["start"][how]["stepped"], most, " s")
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -423,7 +427,7 @@ def arguments():
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=None)
     parser.add_argument("--rounds", type=int, default=7, help="blocks of steps of each contender")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a block")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs that are timed; 0 for none")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs that are timed; 0 for none")
     parser.add_argument("--threads", type=int, default=2, help="threads, alike for all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--linear", action="store_true", help="growth in draws and data instead")

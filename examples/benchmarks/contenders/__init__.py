@@ -50,7 +50,7 @@ SIZES = {
     ),
     "convolutions": Size(
         "convolutions of 32 and 64 channels, 256 hidden units, 20 latents, batch 128",
-        kind="conv", hidden=256, channels=(32, 64),
+        kind="conv", hidden=256, channels=(32, 64), rows=6_000,
     ),
     "IWAE": Size(
         "784-400-20, ReLU, batch 20, 50 draws",
