@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["Share", "fused", "optimizer_of", "stepper"]
+__all__ = ["Share", "fused", "optimizer_of", "stepper", "update"]
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import pyro
+import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 _FUSED = (Adam, AdamW, SGD)
 
@@ -53,6 +55,66 @@ def fused(make: Any, options: Mapping[str, Any], parameters: Iterable[Tensor]) -
     if make in _FUSED and plain and not said and options.get("fused") is None:
         return {**options, "fused": True}
     return dict(options)
+
+
+def update(optimizer: Optimizer) -> None:
+    """Take the optimiser's step: for a fused Adam that has begun, by its kernel alone.
+
+    The numbers and the state are those of ``optimizer.step()``, whose care for hooks, profilers
+    and closures takes longer than the kernel of a small network.
+    """
+    if not _bare(optimizer):
+        optimizer.step()
+        return
+    for group in optimizer.param_groups:
+        parameters = [each for each in group["params"] if each.grad is not None]
+        states = [optimizer.state[each] for each in parameters]
+        decoupled = type(optimizer) is AdamW or group.get("decoupled_weight_decay", False)
+        with torch.no_grad():
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            (torch._fused_adamw_ if decoupled else torch._fused_adam_)(
+                parameters,
+                [each.grad for each in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=group["maximize"],
+            )
+
+
+def _bare(optimizer: Optimizer) -> bool:
+    """Whether the next step is the fused kernel of Adam and nothing else."""
+    if type(optimizer) not in (Adam, AdamW) or _hooks(optimizer):
+        return False
+    for group in optimizer.param_groups:
+        if not group["fused"] or group["amsgrad"]:
+            return False
+        stepped = [each for each in group["params"] if each.grad is not None]
+        if not all(optimizer.state.get(each) for each in stepped):
+            return False
+        if len({(each.dtype, each.device) for each in stepped}) > 1:
+            return False
+    return True
+
+
+def _hooks(optimizer: Optimizer) -> bool:
+    """Whether something is to be called before or after every step."""
+    return any(
+        (
+            optimizer._optimizer_step_pre_hooks,
+            optimizer._optimizer_step_post_hooks,
+            _global_optimizer_pre_hooks,
+            _global_optimizer_post_hooks,
+        )
+    )
 
 
 class Share:

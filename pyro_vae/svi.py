@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_vae.capture import Graph, NotCapturableError, capture
-from pyro_vae.optimizers import Share, stepper
+from pyro_vae.optimizers import Share, stepper, update
 from pyro_vae.pairs import undisturbed
 from pyro_vae.scoring import validation
 from pyro_vae.state import append_state, kind, numbers, reached, restored, unassigned
@@ -135,7 +135,7 @@ class CompiledSVI:
         """
         loss = self.loss_and_grads(*args, **kwargs)
         if self.optimizer is not None:
-            self.optimizer.step()
+            update(self.optimizer)
         else:
             self.optim([each for each in self._parameters.values() if each.grad is not None])
         for each in self._parameters.values():
@@ -163,7 +163,7 @@ class CompiledSVI:
                     group["params"] = [p for p in group["params"] if p is not parameter]
 
     def _run(self, method: str, args: Any, kwargs: Any) -> Tensor:
-        leaves, structure = pytree.tree_flatten((args, kwargs))
+        leaves, structure = _leaves(args, kwargs)
         key = method, structure, self._state(leaves)
         run = self._runs.get(key)
         if run is None:
@@ -220,7 +220,7 @@ class CompiledSVI:
 
         Returns the parameters by name, and the name of an attribute that the run has changed.
         """
-        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        args, kwargs = _arguments(leaves, structure)
         try:
             loss = copy.deepcopy(self.loss)
         except Exception:  # for whatever an objective of the user's own holds
@@ -266,10 +266,13 @@ class CompiledSVI:
             filled = [
                 next(given) if free else leaf for free, leaf in zip(tensors, leaves, strict=True)
             ]
-            args, kwargs = pytree.tree_unflatten(filled, structure)
+            args, kwargs = _arguments(filled, structure)
             return getattr(self.loss, method)(self.model, self.guide, *args, **kwargs)
 
-        inputs = _inputs(leaves)
+        # Tensors of their own, so that one given twice, or held too, is not taken for the other.
+        inputs = [
+            each if isinstance(each, nn.Parameter) else each.detach() for each in _inputs(leaves)
+        ]
         loose = self._loose(self.loss)
         with restored(loose), unassigned(self._held(self.loss)):
             graph = capture(objective, inputs, parameters)
@@ -305,7 +308,7 @@ class CompiledSVI:
         return function
 
     def _eager(self, method: str, structure: Any, leaves: Sequence[Any]) -> Tensor:
-        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        args, kwargs = _arguments(leaves, structure)
         if method == "loss_and_grads":
             for each in self._parameters.values():
                 each.grad = None
@@ -374,6 +377,18 @@ def _compiler() -> bool:
     if torch.cuda.is_available():
         return importlib.util.find_spec("triton") is not None
     return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _leaves(args: Any, kwargs: Any) -> tuple[Sequence[Any], Any]:
+    """The leaves of arguments, and their structure: None for tensors one after the other."""
+    if not kwargs and all(isinstance(each, Tensor) for each in args):
+        return args, None
+    return pytree.tree_flatten((args, kwargs))
+
+
+def _arguments(leaves: Sequence[Any], structure: Any) -> Any:
+    """The arguments that have these leaves."""
+    return (leaves, {}) if structure is None else pytree.tree_unflatten(leaves, structure)
 
 
 def _inputs(leaves: Sequence[Any]) -> list[Tensor]:

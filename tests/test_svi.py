@@ -21,6 +21,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 from torch.optim import SGD, Adam
+from torch.utils import _pytree as pytree
 
 from pyro_vae import (
     MLP,
@@ -34,6 +35,7 @@ from pyro_vae import (
 )
 from pyro_vae.capture import _log1p
 from pyro_vae.objectives import IWAE, BetaELBO, FreeBits, Renyi
+from pyro_vae.optimizers import optimizer_of, update
 from pyro_vae.svi import mode_for
 
 X = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.2, -0.3], [0.1, 0.9, -1.2], [2.0, 0.3, 0.7]])
@@ -287,6 +289,26 @@ def begun(program):
         each(X)
     pyro.set_rng_seed(3)
     return model, guide
+
+
+@pytest.mark.parametrize("mode", ["captured", "compiled"])
+def test_a_tensor_given_twice_is_two_arguments(mode):
+    def model(x, y):
+        pyro.sample(
+            "x", dist.Normal(2 * x.sum() - 3 * y.sum() + held.sum(), 1.0), obs=torch.ones(())
+        )
+
+    def guide(x, y):
+        pyro.param("loc", torch.zeros(()))
+
+    held, other = torch.ones(3), torch.zeros(3)
+    pyro.clear_param_store()
+    svi = CompiledSVI(model, guide, STEP, Trace_ELBO(max_plate_nesting=1), mode=mode)
+    for x, y in ((held, held), (held, other), (other, held)):  # of one graph
+        mean = 2 * x.sum() - 3 * y.sum() + held.sum()
+        truth = -dist.Normal(mean, 1.0).log_prob(torch.ones(())).item()
+        assert svi.evaluate_loss(x, y).item() == pytest.approx(truth, rel=1e-6)
+    assert len(svi._runs) == 1
 
 
 @pytest.mark.parametrize("mode", ["eager", "captured"])
@@ -767,3 +789,38 @@ def test_a_gpu_has_the_numbers_of_pyro(mode):
         svi = CompiledSVI(vae.model, vae.guide, STEP, Trace_ELBO(max_plate_nesting=1), mode=each)
         ends.append([svi.step(X.cuda()).item() for _ in range(4)])
     assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "maximize": True}])
+def test_an_update_is_the_step_of_the_optimiser(make, options):
+    torch.manual_seed(0)
+    starts = [torch.randn(5, 3), torch.randn(3), torch.randn(2)]
+    ends = []
+    for step in (lambda optimizer: optimizer.step(), update):
+        parameters = [each.clone().requires_grad_() for each in starts]
+        optimizer = optimizer_of(partial(make, lr=0.1, **options), parameters)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        draws = torch.Generator().manual_seed(1)
+        for count in range(5):
+            for each in parameters:
+                each.grad = torch.randn(each.shape, generator=draws)
+            if count % 2:
+                parameters[-1].grad = None  # on which nothing depends this time
+            step(optimizer)
+            schedule.step()
+        ends.append([*parameters, *pytree.tree_leaves(optimizer.state_dict()["state"])])
+    assert all(map(torch.equal, *map(pytree.tree_leaves, ends)))
+
+
+def test_an_update_calls_the_hooks_of_a_step():
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = optimizer_of(partial(torch.optim.Adam, lr=0.1), [weight])
+    called = []
+    for hooked in (False, True, True):
+        weight.grad = torch.ones(1)
+        if hooked and not called:
+            optimizer.register_step_post_hook(lambda *_: called.append(1))
+        update(optimizer)
+    assert called == [1, 1]
+    assert optimizer.state[weight]["step"] == 3
