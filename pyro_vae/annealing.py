@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation
+from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation, whole
 
 _TARGET = 0.65  # acceptance that step sizes are tuned to, as by Wu et al. (2017)
 _PILOTS = 8  # chains that tune them
@@ -470,6 +470,7 @@ def _r_hat(z: Tensor, share: Tensor) -> Tensor:
 
 
 def _check(**counts: tuple[int, int]) -> None:
+    whole(**{name: count for name, (count, _) in counts.items()})
     for name, (count, least) in counts.items():
         if count < least:
             raise ValueError(f"the number of {name} is at least {least}, not {count}")

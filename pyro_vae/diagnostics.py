@@ -27,10 +27,11 @@ from torch.distributions import Independent, kl_divergence
 
 from pyro_vae.distributions import GreyscaleBernoulli
 from pyro_vae.evaluation import bound, log_likelihood
-from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation
+from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation, whole
 
 _ACTIVE = 0.01  # variance over the data of a unit's mean, above which it is in use
 _BINS = 20  # of ranks, in the test of calibration
+_ELEMENTS = 2**22  # of latents, each draw against each datum, at a time: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Decomposition:
     """The bound of a data set in its parts, means over the data in nats.
 
     Hoffman & Johnson (2016), ELBO Surgery: ``kl = mutual_information + marginal_kl``, with q(z)
-    the mixture of q(z|x) over the N given data.
+    the mixture of q(z|x) over the N given data. Chen et al. (2018), Isolating Sources of
+    Disentanglement in Variational Autoencoders: ``marginal_kl = total_correlation +
+    sum(marginal_dimension_kl)``.
 
     Attributes:
         reconstruction: ``log p(x|z)``.
@@ -50,6 +53,9 @@ class Decomposition:
         dimension_kl: ``KL(q(z_i|x) || p(z_i))`` of each dimension, ``(latent,)``, where both
             factorise and it is known in closed form; else None.
         unit_variance: Variance over the data of the mean of each unit, ``(latent,)``.
+        total_correlation: ``KL(q(z) || prod_i q(z_i))``, where q(z|x) and the prior factorise;
+            else None.
+        marginal_dimension_kl: ``KL(q(z_i) || p(z_i))`` of each dimension, ``(latent,)``, likewise.
     """
 
     reconstruction: float
@@ -60,6 +66,8 @@ class Decomposition:
     log_count: float
     dimension_kl: Tensor | None
     unit_variance: Tensor
+    total_correlation: float | None = None
+    marginal_dimension_kl: Tensor | None = None
 
     @property
     def rate(self) -> float:
@@ -88,7 +96,8 @@ class Decomposition:
         if self.saturated:
             return (
                 f"no verdict: {units}, but the mutual information is within 1 nat of log N = "
-                f"{self.log_count:.2f}, so that it and the marginal KL need more data"
+                f"{self.log_count:.2f}, so that it, the marginal KL and the total correlation "
+                f"need more data"
             )
         carried = f"the latents carry {self.mutual_information:.2f} nats about x"
         if self.active == 0:
@@ -98,7 +107,10 @@ class Decomposition:
 
     def summary(self) -> dict[str, float]:
         """All numbers but those of single dimensions."""
+        total = self.total_correlation
+        correlated = {} if total is None else {"total_correlation": total}
         return {
+            **correlated,
             "reconstruction": self.reconstruction,
             "kl": self.kl,
             "mutual_information": self.mutual_information,
@@ -229,23 +241,25 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
         >>> decompose(vae, (torch.rand(40, 9) > 0.5).float()).unit_variance.shape
         torch.Size([2])
     """
+    whole(draws=draws)
     if draws < 1:
         raise ValueError(f"a decomposition takes at least 1 draw, not {draws}")
-    whole = list(batches(data))
-    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    batch = _joined(data)
     programs = Programs(pair, batch)
     latent = programs.need_vectors("decompose")
-    halves = bound(pair, whole, particles=particles)
+    halves = bound(pair, _cut(batch), particles=particles)
     rows = torch.randperm(len(batch[0]), device=batch[0].device)[:draws]
     chosen = tuple(tensor[rows] for tensor in batch)
     z = programs.draw(chosen, 1)
     own = programs.log_guide(chosen, z)[0]
     prior = programs.log_parts(chosen, z)[0][0]
-    scores = torch.cat([programs.log_guide(part, _facing(z, part)) for part in _cut(batch)], 1)
+    few = _rows(batch, max(_ELEMENTS // (len(rows) * latent), 1))  # data facing all draws
+    scores = torch.cat([programs.log_guide(part, _facing(z, part)) for part in few], 1)
     mixture = scores.logsumexp(1) - math.log(scores.shape[1])
     scores[torch.arange(len(rows)), rows.to(scores.device)] = -math.inf
     others = scores.logsumexp(1) - math.log(max(scores.shape[1] - 1, 1))
     dimension = _dimension_kl(programs, batch)
+    each = _marginals(programs, chosen, z, few)
     means = [programs.draw(part, 100).mean(0) for part in _cut(batch, latent * 100)]
     # The mean of 100 draws varies by a hundredth of q's variance more than the mean does.
     noise = [programs.draw(part, 100).var(0).mean(0) / 100 for part in _cut(batch, latent * 100)]
@@ -259,6 +273,8 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
         math.log(len(batch[0])),
         dimension,
         variance,
+        None if each is None else float((mixture - each[0].sum(-1)).mean()),
+        None if each is None else (each[0] - each[1]).mean(0),
     )
 
 
@@ -299,8 +315,17 @@ def inference_gap(
         >>> inference_gap(vae, torch.zeros(3, 2), steps=5, samples=20).amortized.shape
         torch.Size([3])
     """
-    whole = list(batches(data))
-    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    whole(steps=steps, particles=particles, samples=samples)
+    if particles < 1 or steps < 0:
+        raise ValueError(
+            f"a fit takes 0 steps or more, of at least 1 particle, not {steps} of {particles}"
+        )
+    batch = _joined(data)
+    if log_p is not None and log_p.shape != batch[0].shape[:1]:
+        raise ValueError(
+            f"log_p has shape {tuple(log_p.shape)} and there are {len(batch[0])} data: give an "
+            f"estimate for each"
+        )
     programs = Programs(pair, batch)
     latent = programs.need_real("inference_gap")
     if log_p is None:
@@ -351,6 +376,7 @@ def calibration(
         >>> calibration(vae, torch.zeros(1, 9)).ranks.shape
         torch.Size([500, 3])
     """
+    whole(simulations=simulations, draws=draws)
     if simulations < 5 * _BINS or draws < _BINS - 1:
         raise ValueError(
             f"the test of calibration needs at least {5 * _BINS} simulations and {_BINS - 1} "
@@ -413,10 +439,10 @@ def predictive_check(
         >>> check.observed["ink"], check.p_values["ink"] < 0.05
         (1.0, True)
     """
+    whole(simulations=simulations)
     if simulations < 1:
         raise ValueError(f"a predictive check takes at least 1 simulation, not {simulations}")
-    whole = list(batches(data))
-    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    batch = _joined(data)
     programs = Programs(pair, batch)
     drawn: dict[str, list[float]] = {name: [] for name in statistics}
     for _ in range(simulations):
@@ -444,13 +470,16 @@ def to_arviz(pair: Pair, data: Rows, *, draws: int = 100, samples: int = 1000) -
 
     Raises:
         ImportError: ArviZ is not installed; ``pip install 'pyro-vae[arviz]'`` does it.
+        ValueError: Fewer than one draw, or as for `log_likelihood`.
     """
     try:
         import arviz
     except ImportError as error:
         raise ImportError("to_arviz needs ArviZ: pip install 'pyro-vae[arviz]'") from error
-    whole = list(batches(data))
-    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    whole(draws=draws, samples=samples)
+    if draws < 1:
+        raise ValueError(f"ArviZ takes at least 1 draw, not {draws}")
+    batch = _joined(data)
     programs = Programs(pair, batch)
     programs.need_vectors("to_arviz")
     name = programs.observed["name"]
@@ -471,9 +500,18 @@ def to_arviz(pair: Pair, data: Rows, *, draws: int = 100, samples: int = 1000) -
     return arviz.from_dict(**groups)
 
 
+def _joined(data: Rows) -> Batch:
+    """All data as one batch."""
+    return tuple(torch.cat(columns) for columns in zip(*batches(data), strict=True))
+
+
 def _cut(batch: Batch, share: int = 1) -> list[Batch]:
     """Parts of a batch, each with as many data as are decoded at a time, and at least one."""
-    size = max(at_a_time(batch) // share, 1)
+    return _rows(batch, max(at_a_time(batch) // share, 1))
+
+
+def _rows(batch: Batch, size: int) -> list[Batch]:
+    """Parts of a batch of so many data."""
     starts = range(0, len(batch[0]), size)
     return [tuple(tensor[start : start + size] for tensor in batch) for start in starts]
 
@@ -498,6 +536,36 @@ def _dimension_kl(programs: Programs, batch: Batch) -> Tensor | None:
             values.append(each.expand(len(part[0]), *posterior.event_shape).flatten(1))
         totals.append(torch.cat(values, 1))
     return torch.cat(totals).mean(0)
+
+
+def _marginals(
+    programs: Programs, batch: Batch, z: Tensor, parts: list[Batch]
+) -> tuple[Tensor, Tensor] | None:
+    """``log q(z_i)``, of the mixture over all parts, and ``log p(z_i)`` at draws for a batch.
+
+    Both are ``(M, latent)``; None where prior or posterior do not factorise.
+    """
+    values = [value[0] for value in programs.split(z).values()]
+    mixtures, priors = list[Tensor](), list[Tensor]()
+    for prior, posterior in programs.laws(batch):
+        if not (_factorises(prior) and _factorises(posterior)):
+            return None
+        value = values[len(priors)]
+        priors.append(prior.base_dist.log_prob(value).expand_as(value).flatten(1))
+    for part in parts:
+        each = [
+            law.base_dist.log_prob(value[:, None]).expand(-1, len(part[0]), *value.shape[1:])
+            for value, (_, law) in zip(values, programs.laws(part), strict=True)
+        ]
+        mixtures.append(torch.cat([scores.flatten(2) for scores in each], 2).logsumexp(1))
+    count = math.log(sum(len(part[0]) for part in parts))
+    mixed = torch.stack(mixtures).logsumexp(0) - count
+    return mixed.double(), torch.cat(priors, 1).double()
+
+
+def _factorises(law: Any) -> bool:
+    """Whether a distribution is one of independent dimensions."""
+    return isinstance(law, Independent) and not law.base_dist.event_shape
 
 
 def _diagonal(programs: Programs) -> bool:
