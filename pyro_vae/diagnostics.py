@@ -31,6 +31,7 @@ from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, va
 
 _ACTIVE = 0.01  # variance over the data of a unit's mean, above which it is in use
 _BINS = 20  # of ranks, in the test of calibration
+_TRIES = 20  # draws of the prior, of which a component begins at the likeliest
 _ELEMENTS = 2**22  # of latents, each draw against each datum, at a time: 32 MiB
 
 
@@ -129,13 +130,15 @@ class InferenceGap(NamedTuple):
         log_likelihood: The best estimate of log p(x).
         amortized: The bound under q(z|x).
         optimized: The bound under a diagonal Gaussian that was fitted to the datum alone.
-        richer: Likewise under a Gaussian with full covariance.
+        richer: Likewise under a Gaussian with full covariance, or a mixture of such.
+        components: Number of components of that mixture.
     """
 
     log_likelihood: Tensor
     amortized: Tensor
     optimized: Tensor
     richer: Tensor
+    components: int = 1
 
     @property
     def amortization(self) -> float:
@@ -148,18 +151,20 @@ class InferenceGap(NamedTuple):
         return float((self.log_likelihood - self.optimized).mean())
 
     @property
-    def correlation(self) -> float:
-        """Mean of that part of the family's loss that a full covariance regains."""
+    def regained(self) -> float:
+        """Mean of that part of the family's loss that the richer family regains."""
         return float((self.richer - self.optimized).mean())
 
     @property
     def verdict(self) -> str:
         """Which of the two loses more, in words."""
+        richer = "a full covariance"
+        if self.components > 1:
+            richer = f"a mixture of {self.components} such with full covariance"
         larger = "amortisation" if self.amortization > self.family else "the family"
         return (
             f"more is lost to {larger}: {self.amortization:.2f} nats to amortisation and "
-            f"{self.family:.2f} to the family, of which a full covariance regains "
-            f"{self.correlation:.2f}"
+            f"{self.family:.2f} to the family, of which {richer} regains {self.regained:.2f}"
         )
 
 
@@ -285,6 +290,7 @@ def inference_gap(
     steps: int = 300,
     particles: int = 16,
     samples: int = 5000,
+    components: int = 1,
     log_p: Tensor | None = None,
 ) -> InferenceGap:
     """Say how much of log p(x) the bound loses to amortisation, and how much to q's family.
@@ -300,10 +306,12 @@ def inference_gap(
         steps: Steps of Adam.
         particles: Draws for each datum in a step.
         samples: Draws for each datum in the estimate of log p(x).
+        components: Gaussians with full covariance that the richest family mixes, for a posterior
+            with several modes; all but the first begin at the likeliest of some draws of p(z).
         log_p: That estimate ``(N,)``, where there is a better one at hand.
 
     Raises:
-        ValueError: Latents that are not real vectors, or as for `log_likelihood`.
+        ValueError: Latents that are not real vectors, no components, or as for `log_likelihood`.
 
     Example:
         >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
@@ -315,10 +323,11 @@ def inference_gap(
         >>> inference_gap(vae, torch.zeros(3, 2), steps=5, samples=20).amortized.shape
         torch.Size([3])
     """
-    whole(steps=steps, particles=particles, samples=samples)
-    if particles < 1 or steps < 0:
+    whole(steps=steps, particles=particles, samples=samples, components=components)
+    if steps < 0 or min(particles, components) < 1:
         raise ValueError(
-            f"a fit takes 0 steps or more, of at least 1 particle, not {steps} of {particles}"
+            f"a fit takes 0 steps or more, of at least 1 particle and 1 component, not {steps}, "
+            f"{particles} and {components}"
         )
     batch = _joined(data)
     if log_p is not None and log_p.shape != batch[0].shape[:1]:
@@ -343,7 +352,17 @@ def inference_gap(
     richer = _fitted(programs, batch, loc, scale, full, steps, particles)
     # A fit that went astray has not found the best of its family: what it began from is in it.
     optimized = torch.maximum(diagonal[0], amortized) if _diagonal(programs) else diagonal[0]
-    return InferenceGap(log_p, amortized, optimized, torch.maximum(richer[0], optimized))
+    best = torch.maximum(richer[0], optimized)
+    if components > 1:
+        with torch.no_grad():
+            far = (_likely(programs, batch, components - 1) - loc) / scale
+        first = [torch.zeros_like(far), torch.zeros_like(far), far.new_zeros(*far.shape, latent)]
+        begun = [
+            torch.cat([a[None], b]) for a, b in zip(richer[1], [far, *first[1:]], strict=True)
+        ]
+        own = [*begun, loc.new_zeros(components, len(loc))]
+        best = torch.maximum(best, _fitted(programs, batch, loc, scale, own, steps, particles)[0])
+    return InferenceGap(log_p, amortized, optimized, best, components)
 
 
 @torch.no_grad()
@@ -586,13 +605,16 @@ def _fitted(
 ) -> tuple[Tensor, list[Tensor]]:
     """Bound ``(N,)`` of Gaussians ``loc + scale (m + L e)`` that are fitted to each datum.
 
-    `start` holds m, the logarithms of the diagonal of L and, or not, what lies below it.
+    `start` holds m, the logarithms of the diagonal of L and, or not, what lies below it; or all
+    three for each component of a mixture, and the logarithms of their weights ``(C, N)``.
     """
     own = [each.detach().clone().requires_grad_() for each in start]
     adam = torch.optim.Adam(own, lr=0.05)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1))
 
     def value(count: int) -> Tensor:
+        if len(own) == 4:
+            return _mixture_bound(programs, batch, loc, scale, own, count)
         noise = torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
         moved = own[1].exp() * noise
         if len(own) == 3:
@@ -611,3 +633,31 @@ def _fitted(
     with torch.no_grad():
         found = torch.stack([value(50) for _ in range(10)]).mean(0)
     return found, [each.detach() for each in own]
+
+
+def _likely(programs: Programs, batch: Batch, count: int) -> Tensor:
+    """For each datum and component the likeliest of some draws of p(z), ``(C, N, latent)``."""
+    z = programs.draw(batch, _TRIES * count, prior=True)
+    scores = programs.log_joint(batch, z).unflatten(0, (_TRIES, count))
+    best = scores.argmax(0)[None, ..., None].expand(1, *scores.shape[1:], z.shape[-1])
+    return z.unflatten(0, (_TRIES, count)).gather(0, best)[0]
+
+
+def _mixture_bound(
+    programs: Programs,
+    batch: Batch,
+    loc: Tensor,
+    scale: Tensor,
+    own: list[Tensor],
+    count: int,
+) -> Tensor:
+    """Bound ``(N,)`` of a mixture, from so many draws of each of its components."""
+    centre, log_diagonal, below, logits = own
+    weight = logits.log_softmax(0)
+    tril = below.tril(-1) + log_diagonal.exp().diag_embed()
+    law = torch.distributions.MultivariateNormal(centre, scale_tril=tril, validate_args=False)
+    unit = law.rsample((count,))  # (K, C, N, latent), in the units of q's scale
+    mixed = (law.log_prob(unit[:, :, None]) + weight).logsumexp(2) - scale.log().sum(-1)
+    z = (loc + scale * unit).flatten(0, 1)
+    gained = programs.log_joint(batch, z).reshape(mixed.shape) - mixed
+    return (weight.exp() * gained.mean(0)).sum(0)

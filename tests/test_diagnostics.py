@@ -154,6 +154,11 @@ def test_a_bimodal_target_loses_to_the_family():
     assert gap.verdict.startswith("more is lost to the family")
     assert gap.family == pytest.approx(math.log(2), abs=0.1)  # the other half
     assert torch.allclose(found.log_likelihood.mean(), truth.mean(), atol=0.1)
+    assert gap.regained < 0.1
+    mixed = inference_gap(Bimodal(), x, steps=200, components=6, log_p=truth)
+    # Of each of four data some of five components begin in the other half, at this seed.
+    assert mixed.regained == pytest.approx(math.log(2), abs=0.1)
+    assert "a mixture of 6 such with full covariance regains" in mixed.verdict
 
 
 def test_calibration_passes_for_the_exact_posterior_and_not_for_half_its_scale():

@@ -213,7 +213,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="folder of the data sets")
     parser.add_argument("--epochs", type=int, default=5, help="passes over 54,000 images")
-    parser.add_argument("--count", type=int, default=20, help="images for the estimators")
+    parser.add_argument("--count", type=int, default=60, help="images for the estimators")
     parser.add_argument("--rounds", type=int, default=5, help="turns of the timings")
     parser.add_argument("--rows", type=int, help="use the first so many images only, for a trial")
     parts = ["estimators", "speed", "full"]
