@@ -9,6 +9,7 @@ __all__ = [
     "Rows",
     "at_a_time",
     "batches",
+    "joined",
     "validation",
     "whole",
     "worded",
@@ -72,6 +73,11 @@ def batches(data: Rows) -> Iterator[Batch]:
             yield batch
     if empty:
         raise ValueError("there are no data to evaluate")
+
+
+def joined(data: Rows) -> Batch:
+    """All data as one batch."""
+    return tuple(torch.cat(columns) for columns in zip(*batches(data), strict=True))
 
 
 def at_a_time(batch: Batch) -> int:

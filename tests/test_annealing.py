@@ -63,6 +63,9 @@ def test_without_intermediate_distributions_it_is_importance_sampling(pixels):
     expected = log_w.logsumexp(0) - torch.tensor(30.0).log()
     assert torch.allclose(found.log_likelihood, expected)
     assert (found.acceptance == 1).all()
+    weights = log_w.softmax(0)
+    assert torch.allclose(found.effective_sample_size, 1 / weights.square().sum(0))
+    assert torch.equal(found.unreliable, weights.square().sum(0) > 0.5)
 
 
 def test_moves_leave_the_posterior_as_it_is(pixels):
