@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "Annealed",
     "Bracket",
+    "Settled",
     "annealed_importance_sampling",
     "bidirectional",
     "hmc_likelihood",
@@ -17,10 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation
+from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation, whole
 
 _TARGET = 0.65  # acceptance that step sizes are tuned to, as by Wu et al. (2017)
 _PILOTS = 8  # chains that tune them
+_SETTLING = 100, 50  # moves of chains on their way to the posterior, and then there, not kept
+_HELD = 2**24  # numbers that the fit of Appendix D has at a time: 128 MiB
+_APART = 1.2  # split R-hat, above which chains do not reach each other
 
 
 class Annealed(NamedTuple):
@@ -30,11 +34,44 @@ class Annealed(NamedTuple):
         log_likelihood: The estimate, ``(N,)``.
         monte_carlo_error: Its standard error by the chains, ``(N,)``.
         acceptance: Mean acceptance of the moves, ``(N,)``; 1 where there were none.
+        effective_sample_size: ``(sum_k w_k)^2 / sum_k w_k^2`` of the chains' weights, ``(N,)``.
     """
 
     log_likelihood: Tensor
     monte_carlo_error: Tensor
     acceptance: Tensor
+    effective_sample_size: Tensor
+
+    @property
+    def unreliable(self) -> Tensor:
+        """Whether one chain outweighs all others, where the error is none, ``(N,)``."""
+        return self.effective_sample_size < 2
+
+
+class Settled(NamedTuple):
+    """Estimates of log p(x) by draws of p(z|x), one for each datum, in nats.
+
+    Attributes:
+        log_likelihood: The estimate, ``(N,)``.
+        monte_carlo_error: Its standard error by the chains, ``(N,)``.
+        acceptance: Mean acceptance of the moves, ``(N,)``.
+        r_hat: Greatest split R-hat of the latents, chains counted by what their part of the
+            posterior holds, ``(N,)``.
+    """
+
+    log_likelihood: Tensor
+    monte_carlo_error: Tensor
+    acceptance: Tensor
+    r_hat: Tensor
+
+    @property
+    def apart(self) -> Tensor:
+        """Whether chains do not reach each other, as between modes, ``(N,)``.
+
+        The estimate then is of those parts of the posterior that some chain began in, and too
+        low by what lies elsewhere.
+        """
+        return self.r_hat > _APART
 
 
 class Bracket(NamedTuple):
@@ -81,7 +118,9 @@ def annealed_importance_sampling(
     sigmoid schedule, as in Wu et al. (2017), On the Quantitative Analysis of Decoder-Based
     Generative Models. Moves are Hamiltonian with Metropolis correction; their step sizes come
     from a pilot run and are then frozen for each t and datum. In expectation a lower bound.
-    Without intermediate distributions it is importance sampling.
+    Without intermediate distributions it is importance sampling. Chains from q(z|x) seldom find
+    a mode that q has missed, and no error tells of it; those from p(z) do, and take several times
+    as many distributions.
 
     Args:
         pair: Module with methods ``model`` and ``guide``, latents being real vectors.
@@ -174,19 +213,24 @@ def hmc_likelihood(
     samples: int = 200,
     chains: int = 16,
     leapfrog: int = 10,
-) -> Annealed:
+) -> Settled:
     """Estimate log p(x) of each datum from draws of its posterior, for fewer than 5 latents.
 
-    Appendix D of Auto-Encoding Variational Bayes (Kingma & Welling, 2013): a Gaussian g is
+    Appendix D of Auto-Encoding Variational Bayes (Kingma & Welling, 2013): a density g is
     fitted to half of the draws of each chain, and the others give
     ``-log mean[g(z) / (p(z) p(x|z))]``. The mean is unbiased for 1/p(x) once the chains have
     settled, so that in expectation this is at least log p(x): pair it with `log_likelihood`.
 
+    Chains seldom cross between modes, and where all begin in one this gives the mass of that
+    mode alone, as if it were p(x). So half of them are annealed from p(z) and half from q(z|x); g
+    has a Gaussian for each chain, weighted by the mass that the chain finds around it, since
+    chains are not in each mode as often as its mass asks for.
+
     Args:
         pair: Module with methods ``model`` and ``guide``, of at most 4 real latents.
         data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches.
-        samples: Draws of each chain, after a hundred moves in which its step size is tuned.
-        chains: Chains for each datum, begun at draws of q(z|x).
+        samples: Draws of each chain, after a hundred moves that anneal it and fifty more.
+        chains: Chains for each datum.
         leapfrog: Leapfrog steps of a move.
 
     Raises:
@@ -203,16 +247,17 @@ def hmc_likelihood(
         >>> hmc_likelihood(vae, torch.zeros(3, 2), samples=20).log_likelihood.shape
         torch.Size([3])
     """
-    _check(samples=(samples, 8), chains=(chains, 2), leapfrog=(leapfrog, 1))
+    _check(samples=(samples, 20), chains=(chains, 2), leapfrog=(leapfrog, 1))
     parts = []
-    for path in _paths(pair, data, chains, False, "hmc_likelihood"):
+    held = samples * chains**2
+    for path in _paths(pair, data, chains, False, "hmc_likelihood", held):
         if path.scale.shape[-1] > 4:
             raise ValueError(
                 f"the estimator of Appendix D takes fewer than 5 latents and there are "
                 f"{path.scale.shape[-1]}: use log_likelihood, or annealed_importance_sampling"
             )
         parts.append(_appendix(path, samples, chains, leapfrog))
-    return Annealed(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    return Settled(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 class _Point(NamedTuple):
@@ -256,13 +301,16 @@ class _Path:
         return self.at(z)
 
     def move(self, point: _Point, t: float, step: Tensor, leapfrog: int) -> tuple[_Point, Tensor]:
-        """One Hamiltonian move that leaves the density at t as it is, and its acceptance."""
+        """One Hamiltonian move that leaves the density at t as it is, and its acceptance.
+
+        Steps are ``(N,)``, or ``(K, N)`` as are acceptances.
+        """
         scale = self.scale
         if self.from_prior:  # whose scale gives way to that of q as precisions are added
             scale = ((1 - t) / self.wide**2 + t / scale**2) ** -0.5
         # Of random length, since trajectories of one length may come back to where they began.
         step = step * (0.5 + 0.5 * torch.rand_like(step))
-        reach = step[:, None].to(scale) * scale
+        reach = step[..., None].to(scale) * scale
         momentum = torch.randn_like(point.z)
         before = point.score(t) - momentum.double().square().sum(-1) / 2
         new = point
@@ -278,7 +326,7 @@ class _Path:
         kept = [
             torch.where(accepted if a.dim() == 2 else accepted[..., None], a, b) for a, b in pairs
         ]
-        return _Point(*kept), chance.mean(0)
+        return _Point(*kept), chance
 
     def tuned(self, times: Sequence[float], leapfrog: int) -> list[Tensor]:
         """Step sizes for each intermediate t, ``(N,)`` each, from a run of their own."""
@@ -288,9 +336,18 @@ class _Path:
             tries = 20 if number == 0 else 1  # since the first one is far off
             for _ in range(tries):
                 point, chance = self.move(point, t, step, leapfrog)
-                step = step * (0.5 * (chance - _TARGET)).exp()
+                step = step * (0.5 * (chance.mean(0) - _TARGET)).exp()
             steps.append(step)
         return steps
+
+    def settled(self, chains: int, leapfrog: int) -> tuple[_Point, Tensor]:
+        """Chains that are brought to p(x,z), and a step size for each, ``(K, N)``."""
+        point = self.begin(chains)
+        step = torch.full_like(point.joint, 0.5)
+        for t in [*_schedule(_SETTLING[0] - 2), *[1.0] * _SETTLING[1]]:
+            point, chance = self.move(point, t, step, leapfrog)
+            step = step * ((0.5 if t < 1 else 0.1) * (chance - _TARGET)).exp()
+        return point, step
 
     def forward(
         self, times: Sequence[float], steps: Sequence[Tensor], leapfrog: int, chains: int
@@ -303,7 +360,7 @@ class _Path:
             log_w = log_w + (times[number] - times[number - 1]) * (point.joint - point.start)
             if number < len(times) - 1:
                 point, chance = self.move(point, times[number], steps[number - 1], leapfrog)
-                accepted.append(chance)
+                accepted.append(chance.mean(0))
         return log_w, torch.stack(accepted).mean(0)
 
     def backward(
@@ -319,14 +376,16 @@ class _Path:
         return log_w
 
 
-def _paths(pair: Pair, data: Rows, chains: int, from_prior: bool, what: str) -> Iterator[_Path]:
-    """The path of a few data at a time."""
+def _paths(
+    pair: Pair, data: Rows, chains: int, from_prior: bool, what: str, held: int = 1
+) -> Iterator[_Path]:
+    """The path of a few data at a time, of each of which so many numbers are held at once."""
     programs: Programs | None = None
     for batch in batches(data):
         if programs is None:
             programs = Programs(pair, batch)
             programs.need_real(what)
-        size = max(at_a_time(batch) // chains, 1)
+        size = max(min(at_a_time(batch) // chains, _HELD // held), 1)
         for start in range(0, len(batch[0]), size):
             rows = tuple(tensor[start : start + size] for tensor in batch)
             yield _Path(programs, rows, from_prior)
@@ -338,45 +397,80 @@ def _schedule(distributions: int) -> list[float]:
     return ((points - points[0]) / (points[-1] - points[0])).tolist()
 
 
-def _averaged(log_w: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _averaged(log_w: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chains = len(log_w)
     weights = (log_w - log_w.amax(0)).exp()
     effective = weights.sum(0).square() / weights.square().sum(0)
     error = (1 / effective - 1 / chains).clamp(min=0).sqrt()
     error = error if chains > 1 else torch.full_like(error, math.nan)
-    return log_w.logsumexp(0) - math.log(chains), error, accepted
+    return log_w.logsumexp(0) - math.log(chains), error, accepted, effective
 
 
 def _appendix(
     path: _Path, samples: int, chains: int, leapfrog: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Appendix D for a few data."""
-    point = path.begin(chains)
-    step = torch.full_like(point.joint[0], 0.5)
-    for number in range(100):
-        point, chance = path.move(point, 1.0, step, leapfrog)
-        step = step * ((0.5 if number < 50 else 0.1) * (chance - _TARGET)).exp()
+    wide = _Path(path.programs, path.batch, True)
+    begun = wide.settled(chains // 2, leapfrog), path.settled(chains - chains // 2, leapfrog)
+    step = torch.cat([each for _, each in begun])
+    point = _Point(*map(torch.cat, zip(*(each for each, _ in begun), strict=True)))
     drawn, scores, accepted = [], [], []
     for _ in range(samples):
         point, chance = path.move(point, 1.0, step, leapfrog)
         drawn.append(point.z.double())
         scores.append(point.joint)
-        accepted.append(chance)
-    fitted, fresh = torch.stack(drawn[: samples // 2]), torch.stack(drawn[samples // 2 :])
-    centre = fitted.mean((0, 1))
+        accepted.append(chance.mean(0))
+    z, half = torch.stack(drawn), samples // 2
+    ratios = _gaussians(z[:half], path.scale.double(), z) - torch.stack(scores)
+    share = torch.full_like(scores[0], -math.log(chains))
+    for _ in range(3):
+        # A chain that stays in one part of the posterior has mean[g(z) / p(x,z)] of g's share
+        # there over that part's own mass, so that dividing by it leaves the mass.
+        share = (share - _mean_ratio(ratios[:, :half], share)).log_softmax(0)
+    found = _mean_ratio(ratios[:, half:], share)
+    inverse = (share + found).logsumexp(0)
+    share = share.exp()
+    spread = (share * ((found - inverse).exp() - 1)).square().sum(0)
+    error = (spread / (1 - share.square().sum(0))).sqrt()
+    return -inverse, error, torch.stack(accepted).mean(0), _r_hat(z[half:], share)
+
+
+def _gaussians(fitted: Tensor, scale: Tensor, z: Tensor) -> Tensor:
+    """Log-densities ``(J, S, K, N)`` at latents of Gaussians that are fitted to each chain."""
+    centre = fitted.mean(0)
     apart = fitted - centre
-    covariance = torch.einsum("skni,sknj->nij", apart, apart) / (apart.shape[0] * chains - 1)
-    # Narrower than the posterior, so that the ratio is bounded in its tails.
-    tril = torch.linalg.cholesky(0.8 * covariance + 1e-12 * torch.eye(apart.shape[-1]).to(apart))
-    law = torch.distributions.MultivariateNormal(centre, scale_tril=tril, validate_args=False)
-    ratio = law.log_prob(fresh) - torch.stack(scores[samples // 2 :])
-    each = ratio.logsumexp(0) - math.log(len(ratio))  # of each chain, (K, N)
-    weights = (each - each.amax(0)).exp()
-    error = weights.std(0) / weights.mean(0) / chains**0.5
-    return math.log(chains) - each.logsumexp(0), error, torch.stack(accepted).mean(0)
+    covariance = torch.einsum("skni,sknj->knij", apart, apart) / (len(apart) - 1)
+    # Narrower than the posterior, so that the ratio is bounded in its tails; with a floor for a
+    # chain that never moved.
+    tril = torch.linalg.cholesky(0.8 * covariance + (1e-6 * scale**2).diag_embed())
+    laws = [
+        torch.distributions.MultivariateNormal(m, scale_tril=each, validate_args=False)
+        for m, each in zip(centre, tril, strict=True)
+    ]
+    return torch.stack([law.log_prob(z) for law in laws])
+
+
+def _mean_ratio(ratios: Tensor, share: Tensor) -> Tensor:
+    """Logarithm of each chain's mean of a mixture over p(x,z), ``(K, N)``."""
+    mixed = (ratios + share[:, None, None]).logsumexp(0)
+    return mixed.logsumexp(0) - math.log(len(mixed))
+
+
+def _r_hat(z: Tensor, share: Tensor) -> Tensor:
+    """Greatest R-hat over the latents of half chains with these weights, ``(N,)``.
+
+    Gelman et al. (2013), Bayesian Data Analysis, section 11.4.
+    """
+    half = len(z) // 2
+    parts = torch.stack([z[:half], z[half : 2 * half]])
+    means, weight = parts.mean(1), share[..., None] / 2
+    within = (weight * parts.var(1)).sum((0, 1))
+    between = (weight * (means - (weight * means).sum((0, 1))).square()).sum((0, 1))
+    return (1 - 1 / half + between / within).sqrt().amax(-1)
 
 
 def _check(**counts: tuple[int, int]) -> None:
+    whole(**{name: count for name, (count, _) in counts.items()})
     for name, (count, least) in counts.items():
         if count < least:
             raise ValueError(f"the number of {name} is at least {least}, not {count}")

@@ -37,7 +37,7 @@ from pyro_vae.svi import Mode, mode_for
 from pyro_vae.training import fit
 from pyro_vae.vae import VAE
 
-Binarisation = Literal["dynamic", "threshold", "levels", "none"]
+Binarisation = Literal["dynamic", "threshold", "levels", "dequantised", "none"]
 Activation = Literal["ELU", "GELU", "Identity", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh"]
 _NORMAL, _BERNOULLI, _ELBO, _ADAM = map(Part, ("Normal", "Bernoulli", "Trace_ELBO", "Adam"))
 
@@ -84,7 +84,8 @@ def train(
         data: Data set: a name (see `pyro-vae data`), a .npy or .npz file, or a folder of images.
         data_dir: Folder of the named data sets (default: $PYRO_VAE_DATA or ~/.cache/pyro_vae).
         binarisation: dynamic (drawn anew each epoch), threshold (at one half), levels (none,
-            but whole grey levels 0 to 255) or none; by default dynamic for a likelihood on
+            but whole grey levels 0 to 255), dequantised (these with uniform noise, over 256, for
+            a density that bounds bits per pixel) or none; by default dynamic for a likelihood on
             {0, 1}, levels for one on {0, ..., 255} and none for others.
         top: Stored value that counts as 1 (default: 255 for bytes, 1 for other types).
         validation: Fraction of the training data to set aside, 0 for none.

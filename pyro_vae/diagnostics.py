@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from scipy import stats
@@ -27,10 +27,12 @@ from torch.distributions import Independent, kl_divergence
 
 from pyro_vae.distributions import GreyscaleBernoulli
 from pyro_vae.evaluation import bound, log_likelihood
-from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation
+from pyro_vae.gaps import InferenceGap, inference_gap
+from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, joined, whole
 
 _ACTIVE = 0.01  # variance over the data of a unit's mean, above which it is in use
 _BINS = 20  # of ranks, in the test of calibration
+_ELEMENTS = 2**22  # of latents, each draw against each datum, at a time: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Decomposition:
     """The bound of a data set in its parts, means over the data in nats.
 
     Hoffman & Johnson (2016), ELBO Surgery: ``kl = mutual_information + marginal_kl``, with q(z)
-    the mixture of q(z|x) over the N given data.
+    the mixture of q(z|x) over the N given data. Chen et al. (2018), Isolating Sources of
+    Disentanglement in Variational Autoencoders: ``marginal_kl = total_correlation +
+    sum(marginal_dimension_kl)``.
 
     Attributes:
         reconstruction: ``log p(x|z)``.
@@ -50,6 +54,9 @@ class Decomposition:
         dimension_kl: ``KL(q(z_i|x) || p(z_i))`` of each dimension, ``(latent,)``, where both
             factorise and it is known in closed form; else None.
         unit_variance: Variance over the data of the mean of each unit, ``(latent,)``.
+        total_correlation: ``KL(q(z) || prod_i q(z_i))``, where q(z|x) and the prior factorise;
+            else None.
+        marginal_dimension_kl: ``KL(q(z_i) || p(z_i))`` of each dimension, ``(latent,)``, likewise.
     """
 
     reconstruction: float
@@ -60,6 +67,8 @@ class Decomposition:
     log_count: float
     dimension_kl: Tensor | None
     unit_variance: Tensor
+    total_correlation: float | None = None
+    marginal_dimension_kl: Tensor | None = None
 
     @property
     def rate(self) -> float:
@@ -88,7 +97,8 @@ class Decomposition:
         if self.saturated:
             return (
                 f"no verdict: {units}, but the mutual information is within 1 nat of log N = "
-                f"{self.log_count:.2f}, so that it and the marginal KL need more data"
+                f"{self.log_count:.2f}, so that it, the marginal KL and the total correlation "
+                f"need more data"
             )
         carried = f"the latents carry {self.mutual_information:.2f} nats about x"
         if self.active == 0:
@@ -98,7 +108,10 @@ class Decomposition:
 
     def summary(self) -> dict[str, float]:
         """All numbers but those of single dimensions."""
+        total = self.total_correlation
+        correlated = {} if total is None else {"total_correlation": total}
         return {
+            **correlated,
             "reconstruction": self.reconstruction,
             "kl": self.kl,
             "mutual_information": self.mutual_information,
@@ -108,47 +121,6 @@ class Decomposition:
             "active_units": float(self.active),
             "units": float(len(self.unit_variance)),
         }
-
-
-class InferenceGap(NamedTuple):
-    """What the bound of each datum loses, ``(N,)`` each, in nats.
-
-    Attributes:
-        log_likelihood: The best estimate of log p(x).
-        amortized: The bound under q(z|x).
-        optimized: The bound under a diagonal Gaussian that was fitted to the datum alone.
-        richer: Likewise under a Gaussian with full covariance.
-    """
-
-    log_likelihood: Tensor
-    amortized: Tensor
-    optimized: Tensor
-    richer: Tensor
-
-    @property
-    def amortization(self) -> float:
-        """Mean of what is lost because one network serves all data."""
-        return float((self.optimized - self.amortized).mean())
-
-    @property
-    def family(self) -> float:
-        """Mean of what is lost because the posterior is no diagonal Gaussian."""
-        return float((self.log_likelihood - self.optimized).mean())
-
-    @property
-    def correlation(self) -> float:
-        """Mean of that part of the family's loss that a full covariance regains."""
-        return float((self.richer - self.optimized).mean())
-
-    @property
-    def verdict(self) -> str:
-        """Which of the two loses more, in words."""
-        larger = "amortisation" if self.amortization > self.family else "the family"
-        return (
-            f"more is lost to {larger}: {self.amortization:.2f} nats to amortisation and "
-            f"{self.family:.2f} to the family, of which a full covariance regains "
-            f"{self.correlation:.2f}"
-        )
 
 
 @dataclass(frozen=True)
@@ -229,23 +201,25 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
         >>> decompose(vae, (torch.rand(40, 9) > 0.5).float()).unit_variance.shape
         torch.Size([2])
     """
+    whole(draws=draws)
     if draws < 1:
         raise ValueError(f"a decomposition takes at least 1 draw, not {draws}")
-    whole = list(batches(data))
-    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    batch = joined(data)
     programs = Programs(pair, batch)
     latent = programs.need_vectors("decompose")
-    halves = bound(pair, whole, particles=particles)
+    halves = bound(pair, _cut(batch), particles=particles)
     rows = torch.randperm(len(batch[0]), device=batch[0].device)[:draws]
     chosen = tuple(tensor[rows] for tensor in batch)
     z = programs.draw(chosen, 1)
     own = programs.log_guide(chosen, z)[0]
     prior = programs.log_parts(chosen, z)[0][0]
-    scores = torch.cat([programs.log_guide(part, _facing(z, part)) for part in _cut(batch)], 1)
+    few = _rows(batch, max(_ELEMENTS // (len(rows) * latent), 1))  # data facing all draws
+    scores = torch.cat([programs.log_guide(part, _facing(z, part)) for part in few], 1)
     mixture = scores.logsumexp(1) - math.log(scores.shape[1])
     scores[torch.arange(len(rows)), rows.to(scores.device)] = -math.inf
     others = scores.logsumexp(1) - math.log(max(scores.shape[1] - 1, 1))
     dimension = _dimension_kl(programs, batch)
+    each = _marginals(programs, chosen, z, few)
     means = [programs.draw(part, 100).mean(0) for part in _cut(batch, latent * 100)]
     # The mean of 100 draws varies by a hundredth of q's variance more than the mean does.
     noise = [programs.draw(part, 100).var(0).mean(0) / 100 for part in _cut(batch, latent * 100)]
@@ -259,66 +233,9 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
         math.log(len(batch[0])),
         dimension,
         variance,
+        None if each is None else float((mixture - each[0].sum(-1)).mean()),
+        None if each is None else (each[0] - each[1]).mean(0),
     )
-
-
-def inference_gap(
-    pair: Pair,
-    data: Rows,
-    *,
-    steps: int = 300,
-    particles: int = 16,
-    samples: int = 5000,
-    log_p: Tensor | None = None,
-) -> InferenceGap:
-    """Say how much of log p(x) the bound loses to amortisation, and how much to q's family.
-
-    Cremer et al. (2018), Inference Suboptimality in Variational Autoencoders: beside q(z|x),
-    Gaussians with diagonal and with full covariance are fitted to each datum alone, by Adam,
-    from the mean and scale of q(z|x).
-
-    Args:
-        pair: Module with methods ``model`` and ``guide``, latents being real vectors.
-        data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches; all of
-            it is fitted at once, so give a few hundred.
-        steps: Steps of Adam.
-        particles: Draws for each datum in a step.
-        samples: Draws for each datum in the estimate of log p(x).
-        log_p: That estimate ``(N,)``, where there is a better one at hand.
-
-    Raises:
-        ValueError: Latents that are not real vectors, or as for `log_likelihood`.
-
-    Example:
-        >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
-        >>> vae = VAE(
-        ...     prior=priors.Normal(1),
-        ...     likelihood=likelihoods.Normal(MLP(1, [], 2), scale=1.0),
-        ...     posterior=posteriors.Normal(MLP(2, [], (2, 1))),
-        ... )
-        >>> inference_gap(vae, torch.zeros(3, 2), steps=5, samples=20).amortized.shape
-        torch.Size([3])
-    """
-    whole = list(batches(data))
-    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
-    programs = Programs(pair, batch)
-    latent = programs.need_real("inference_gap")
-    if log_p is None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the importance weights")
-            log_p = log_likelihood(pair, batch, samples=samples).log_likelihood
-    with torch.no_grad():
-        z = programs.draw(batch, 100)
-        loc, scale = z.mean(0), z.std(0).clamp(min=1e-4)
-        weights = [programs.weights(batch, 50).mean(0) for _ in range(10)]
-        amortized = torch.stack(weights).mean(0)
-    start = torch.zeros_like(loc), torch.zeros_like(loc)
-    diagonal = _fitted(programs, batch, loc, scale, list(start), steps, particles)
-    full = [*diagonal[1], loc.new_zeros(*loc.shape, latent)]
-    richer = _fitted(programs, batch, loc, scale, full, steps, particles)
-    # A fit that went astray has not found the best of its family: what it began from is in it.
-    optimized = torch.maximum(diagonal[0], amortized) if _diagonal(programs) else diagonal[0]
-    return InferenceGap(log_p, amortized, optimized, torch.maximum(richer[0], optimized))
 
 
 @torch.no_grad()
@@ -351,6 +268,7 @@ def calibration(
         >>> calibration(vae, torch.zeros(1, 9)).ranks.shape
         torch.Size([500, 3])
     """
+    whole(simulations=simulations, draws=draws)
     if simulations < 5 * _BINS or draws < _BINS - 1:
         raise ValueError(
             f"the test of calibration needs at least {5 * _BINS} simulations and {_BINS - 1} "
@@ -413,10 +331,10 @@ def predictive_check(
         >>> check.observed["ink"], check.p_values["ink"] < 0.05
         (1.0, True)
     """
+    whole(simulations=simulations)
     if simulations < 1:
         raise ValueError(f"a predictive check takes at least 1 simulation, not {simulations}")
-    whole = list(batches(data))
-    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    batch = joined(data)
     programs = Programs(pair, batch)
     drawn: dict[str, list[float]] = {name: [] for name in statistics}
     for _ in range(simulations):
@@ -444,13 +362,16 @@ def to_arviz(pair: Pair, data: Rows, *, draws: int = 100, samples: int = 1000) -
 
     Raises:
         ImportError: ArviZ is not installed; ``pip install 'pyro-vae[arviz]'`` does it.
+        ValueError: Fewer than one draw, or as for `log_likelihood`.
     """
     try:
         import arviz
     except ImportError as error:
         raise ImportError("to_arviz needs ArviZ: pip install 'pyro-vae[arviz]'") from error
-    whole = list(batches(data))
-    batch = tuple(torch.cat(columns) for columns in zip(*whole, strict=True))
+    whole(draws=draws, samples=samples)
+    if draws < 1:
+        raise ValueError(f"ArviZ takes at least 1 draw, not {draws}")
+    batch = joined(data)
     programs = Programs(pair, batch)
     programs.need_vectors("to_arviz")
     name = programs.observed["name"]
@@ -473,7 +394,11 @@ def to_arviz(pair: Pair, data: Rows, *, draws: int = 100, samples: int = 1000) -
 
 def _cut(batch: Batch, share: int = 1) -> list[Batch]:
     """Parts of a batch, each with as many data as are decoded at a time, and at least one."""
-    size = max(at_a_time(batch) // share, 1)
+    return _rows(batch, max(at_a_time(batch) // share, 1))
+
+
+def _rows(batch: Batch, size: int) -> list[Batch]:
+    """Parts of a batch of so many data."""
     starts = range(0, len(batch[0]), size)
     return [tuple(tensor[start : start + size] for tensor in batch) for start in starts]
 
@@ -500,46 +425,31 @@ def _dimension_kl(programs: Programs, batch: Batch) -> Tensor | None:
     return torch.cat(totals).mean(0)
 
 
-def _diagonal(programs: Programs) -> bool:
-    """Whether q is a diagonal Gaussian."""
-    laws = [posterior for _, posterior in programs.laws(programs.probe)]
-    inner = [law.base_dist if isinstance(law, Independent) else law for law in laws]
-    return all(isinstance(law, torch.distributions.Normal) for law in inner)
+def _marginals(
+    programs: Programs, batch: Batch, z: Tensor, parts: list[Batch]
+) -> tuple[Tensor, Tensor] | None:
+    """``log q(z_i)``, of the mixture over all parts, and ``log p(z_i)`` at draws for a batch.
 
-
-def _fitted(
-    programs: Programs,
-    batch: Batch,
-    loc: Tensor,
-    scale: Tensor,
-    start: list[Tensor],
-    steps: int,
-    particles: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """Bound ``(N,)`` of Gaussians ``loc + scale (m + L e)`` that are fitted to each datum.
-
-    `start` holds m, the logarithms of the diagonal of L and, or not, what lies below it.
+    Both are ``(M, latent)``; None where prior or posterior do not factorise.
     """
-    own = [each.detach().clone().requires_grad_() for each in start]
-    adam = torch.optim.Adam(own, lr=0.05)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1))
+    values = [value[0] for value in programs.split(z).values()]
+    mixtures, priors = list[Tensor](), list[Tensor]()
+    for prior, posterior in programs.laws(batch):
+        if not (_factorises(prior) and _factorises(posterior)):
+            return None
+        value = values[len(priors)]
+        priors.append(prior.base_dist.log_prob(value).expand_as(value).flatten(1))
+    for part in parts:
+        each = [
+            law.base_dist.log_prob(value[:, None]).expand(-1, len(part[0]), *value.shape[1:])
+            for value, (_, law) in zip(values, programs.laws(part), strict=True)
+        ]
+        mixtures.append(torch.cat([scores.flatten(2) for scores in each], 2).logsumexp(1))
+    count = math.log(sum(len(part[0]) for part in parts))
+    mixed = torch.stack(mixtures).logsumexp(0) - count
+    return mixed.double(), torch.cat(priors, 1).double()
 
-    def value(count: int) -> Tensor:
-        noise = torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
-        moved = own[1].exp() * noise
-        if len(own) == 3:
-            moved = moved + torch.einsum("nij,knj->kni", own[2].tril(-1), noise)
-        z = loc + scale * (own[0] + moved)
-        entropy = (own[1] + scale.log()).sum(-1) + (1 + math.log(2 * math.pi)) / 2 * loc.shape[-1]
-        return programs.log_joint(batch, z).mean(0) + entropy
 
-    with torch.enable_grad(), validation(False):
-        for _ in range(steps):
-            gradients = torch.autograd.grad(-value(particles).sum(), own)
-            for each, gradient in zip(own, gradients, strict=True):
-                each.grad = gradient
-            adam.step()
-            falling.step()
-    with torch.no_grad():
-        found = torch.stack([value(50) for _ in range(10)]).mean(0)
-    return found, [each.detach() for each in own]
+def _factorises(law: Any) -> bool:
+    """Whether a distribution is one of independent dimensions."""
+    return isinstance(law, Independent) and not law.base_dist.event_shape

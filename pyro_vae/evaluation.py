@@ -16,7 +16,18 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_vae.importance import unscaled
-from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation
+from pyro_vae.scoring import (
+    Batch,
+    Pair,
+    Programs,
+    Rows,
+    at_a_time,
+    batches,
+    validation,
+    whole,
+    worded,
+)
+from pyro_vae.splits import Split
 
 
 class Bound(NamedTuple):
@@ -62,8 +73,9 @@ def bound(pair: Pair, batches: Iterable[tuple[Tensor, ...]], *, particles: int =
         particles: Draws for each datum.
 
     Raises:
-        ValueError: Fewer than one particle, or no data.
+        ValueError: Fewer than one particle, no data, or data that the programs do not take.
     """
+    whole(particles=particles)
     if particles < 1:
         raise ValueError(f"a bound takes at least 1 particle, not {particles}")
     halves: list[Tensor] = []
@@ -81,12 +93,15 @@ def bound(pair: Pair, batches: Iterable[tuple[Tensor, ...]], *, particles: int =
 
 def _halves(pair: Pair, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Reconstruction and KL of each datum ``(2, N)``, and of sites outside the plate ``(2,)``."""
-    guide = poutine.trace(pair.guide).get_trace(*batch)
-    model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
+    with worded("guide", batch):
+        guide = poutine.trace(pair.guide).get_trace(*batch)
+        guide.compute_log_prob()
+    with worded("model", batch):
+        model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
+        model.compute_log_prob()
     local = batch[0].new_zeros(2, len(batch[0]), dtype=torch.float64)
     total = local.new_zeros(2)
     for trace, sign in ((model, -1), (guide, 1)):
-        trace.compute_log_prob()
         for site in prune_subsample_sites(trace).nodes.values():
             if site["type"] != "sample":
                 continue
@@ -113,7 +128,9 @@ class Estimate:
             its weights, ``(N,)``. NaN for fewer than 25 draws, and minus infinity where these
             weights are all equal.
         samples: Number K of draws for each datum.
-        dimensions: Number of elements of a datum where x is discrete and complete, else None.
+        dimensions: Number of elements of a datum where x is complete, and discrete or
+            dequantised, else None.
+        level: Width of a grey level in the units of a dequantised x, 1 for a discrete one.
     """
 
     log_likelihood: Tensor
@@ -122,6 +139,7 @@ class Estimate:
     pareto_k: Tensor
     samples: int
     dimensions: int | None = None
+    level: float = 1.0
 
     @property
     def threshold(self) -> float:
@@ -151,8 +169,14 @@ class Estimate:
 
     @property
     def bits_per_dimension(self) -> float | None:
-        """``-L_K / (D log 2)`` of D discrete elements; None where x has a density."""
-        return None if self.dimensions is None else -self.mean / self.dimensions / math.log(2)
+        """``-(L_K / D + log level) / log 2`` of D elements; None where x has another density.
+
+        For a dequantised x an upper bound, since noise within a level need not be uniform
+        under the model.
+        """
+        if self.dimensions is None:
+            return None
+        return -(self.mean / self.dimensions + math.log(self.level)) / math.log(2)
 
     def summary(self) -> dict[str, float]:
         """Means over the data with their errors, and what the weights say of these."""
@@ -175,6 +199,7 @@ class Estimate:
             torch.cat([part.pareto_k for part in parts]),
             parts[0].samples,
             parts[0].dimensions,
+            parts[0].level,
         )
 
 
@@ -193,7 +218,12 @@ class Integral(NamedTuple):
 
 @torch.no_grad()
 def log_likelihood(
-    pair: Pair, data: Rows, *, samples: int = 5000, chunk: int | None = None
+    pair: Pair,
+    data: Rows,
+    *,
+    samples: int = 5000,
+    chunk: int | None = None,
+    level: float | None = None,
 ) -> Estimate:
     """Estimate log p(x) of each datum by importance sampling, ``L_K`` with K draws of q(z|x).
 
@@ -209,10 +239,13 @@ def log_likelihood(
         samples: Draws for each datum.
         chunk: Draws that are decoded at a time, for some data together, on which the memory
             depends; by default as many as have two million elements of x.
+        level: Width of a grey level in a dequantised x, for bits per dimension; a split under
+            the view `dequantised` brings it along.
 
     Raises:
         ValueError: Fewer than one draw, no data, data that the programs do not take, a model
-            that observes nothing, or weights that are not a number.
+            that observes nothing, a level that is not positive, or weights that are not a
+            number.
 
     Warns:
         UserWarning: k-hat is too large for some data, with the fraction of them.
@@ -228,11 +261,15 @@ def log_likelihood(
         >>> estimate.log_likelihood.shape
         torch.Size([4])
     """
+    whole(samples=samples, chunk=1 if chunk is None else chunk)
     for name, count in (("samples", samples), ("chunk", chunk)):
         if count is not None and count < 1:
             raise ValueError(
                 f"an estimate of log p(x) takes at least 1 of its {name}, not {count}"
             )
+    level = data.level if isinstance(data, Split) and level is None else level
+    if level is not None and not 0 < level < math.inf:
+        raise ValueError(f"a grey level has a width above 0, not {level}")
     programs: Programs | None = None
     parts: list[Estimate] = []
     for batch in batches(data):
@@ -249,7 +286,8 @@ def log_likelihood(
     estimate = replace(
         joined,
         log_likelihood=joined.log_likelihood + programs.shared / len(joined.log_likelihood),
-        dimensions=_dimensions(programs),
+        dimensions=_dimensions(programs, level),
+        level=1.0 if _discrete(programs) else level or 1.0,
     )
     share = float(estimate.unreliable.double().mean())
     if share:
@@ -321,10 +359,15 @@ def _pareto_k(largest: Tensor, tail: int) -> Tensor:
     return k.masked_fill(flat, -math.inf)
 
 
-def _dimensions(programs: Programs) -> int | None:
+def _discrete(programs: Programs) -> bool:
+    return bool(programs.observed["fn"].support.is_discrete)
+
+
+def _dimensions(programs: Programs, level: float | None) -> int | None:
     site = programs.observed
-    whole = site["fn"].support.is_discrete and not bool(site["value"].isnan().any())
-    return int(site["fn"].event_shape.numel()) if whole else None
+    known = _discrete(programs) or level is not None
+    complete = not bool(site["value"].isnan().any())
+    return int(site["fn"].event_shape.numel()) if known and complete else None
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ __all__ = ["Flow", "FullRankNormal", "LowRankNormal", "Normal", "Posterior"]
 
 import abc
 from collections.abc import Sequence
+from numbers import Integral
 
 import pyro.distributions as dist
 import torch
@@ -103,7 +104,7 @@ class LowRankNormal(Posterior):
         rank: Number of columns of F.
 
     Raises:
-        ValueError: A rank below 1.
+        ValueError: A rank below 1, or no whole number.
 
     Example:
         >>> import torch
@@ -114,8 +115,7 @@ class LowRankNormal(Posterior):
 
     def __init__(self, encoder: nn.Module, *, rank: int = 2) -> None:
         super().__init__(encoder)
-        if rank < 1:
-            raise ValueError(f"the rank of a LowRankNormal is at least 1, not {rank}")
+        _check_sizes("a LowRankNormal", rank=rank)
         self.rank = rank
 
     @classmethod
@@ -150,7 +150,7 @@ class Flow(Posterior):
         hidden: Widths of the hidden layers of each.
 
     Raises:
-        ValueError: No latents, no features or no transformations.
+        ValueError: No latents, no features or no transformations, or no whole numbers of them.
 
     Example:
         >>> posterior = Flow(nn.Linear(6, 2 * 3 + 5), 3, features=5)
@@ -169,10 +169,7 @@ class Flow(Posterior):
         hidden: Sequence[int] = (64,),
     ) -> None:
         super().__init__(encoder)
-        sizes = {"latent": latent, "features": features, "transforms": transforms}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"the {name} of a Flow posterior are at least 1, not {size}")
+        _check_sizes("a Flow posterior", latent=latent, features=features, transforms=transforms)
         family = zuko().flows.NSF if spline else zuko().flows.MAF
         self.sizes = latent, latent, features
         self.transform = family(
@@ -219,6 +216,14 @@ class _Affine(AffineTransform):
     @override
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         return shape
+
+
+def _check_sizes(owner: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, Integral):
+            raise ValueError(f"the {name} of {owner} must be a whole number, not {size!r}")
+        if size < 1:
+            raise ValueError(f"the {name} of {owner} must be at least 1, not {size}")
 
 
 def _check_width(part: Posterior, output: Tensor, width: int, options: str = "") -> None:

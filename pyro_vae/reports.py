@@ -76,16 +76,19 @@ def evaluate(
     arrays = {key: getattr(halves, key).numpy(force=True) for key in ("reconstruction", "kl")}
     pictures = {}
     if samples:
-        estimate = _estimated(run, vae, batch, split, samples)
+        estimate = _estimated(run, vae, batch, split, samples, part.level)
         found |= {f"L_{samples}_{key}": value for key, value in estimate.summary().items()}
         found[f"L_{samples}"] = found.pop(f"L_{samples}_L_{samples}")
         found["bits_per_dimension"] = estimate.bits_per_dimension
-        found["bits"] = _bits(batch)
+        found["bits"] = "upper bound, 8 bit" if part.level else _bits(batch)
         arrays |= _kept(estimate)
         pictures["k_hat"] = plots.k_hat(arrays["pareto_k"], estimate.threshold)
     pyro.set_rng_seed(run.seed)
     parts = decompose(vae, batch)
     found |= {"decomposition": parts.summary(), "verdict": parts.verdict}
+    found["saturated"] = parts.saturated
+    if parts.marginal_dimension_kl is not None:
+        arrays["marginal_dimension_kl"] = parts.marginal_dimension_kl.numpy(force=True)
     if parts.dimension_kl is not None:
         arrays["dimension_kl"] = parts.dimension_kl.numpy(force=True)
         pictures["kl"] = plots.dimensions(arrays["dimension_kl"])
@@ -101,7 +104,8 @@ def evaluate(
         arrays["z"] = torch.cat([vae.encode(*each).sample() for each in batches]).numpy(force=True)
     labels = None if part.labels is None else part.labels.numpy(force=True)
     pictures["latents"] = plots.scatter(arrays["z"], labels)
-    _write(Path(run.run) / f"evaluation-{split}.npz", arrays, _key(run, split, samples))
+    key = _key(run, split, samples, batch)
+    _write(Path(run.run) / f"evaluation-{split}.npz", arrays, key)
     paths = [
         plots.save(figure, Path(run.run) / f"evaluation-{split}-{name}.png")
         for name, figure in pictures.items()
@@ -137,26 +141,22 @@ def compare(
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder '{folder}' to write to; make it")
     table: dict[str, dict[str, dict[str, float]]] = {}
-    kinds = set()
+    seen: dict[str, tuple[str, tuple[str, ...]]] = {}
     for run in runs:
         with Run(run).settings() as settings:
             for key in (by, pair):
                 if key not in settings:
                     raise ValueError(f"'{run}' has no setting '{key}' in its config.yaml")
             variant, partner = (_named(settings[key], key) for key in (by, pair))
-        values, samples = _values(run, split)
-        kinds.add(samples)
+        values, kind = _values(run, split)
+        _check_alike(seen.setdefault("", (run, kind[:1])), (run, kind[:1]))
+        _check_alike(seen.setdefault(partner, (run, kind)), (run, kind))
         if partner in table.setdefault(variant, {}):
             raise ValueError(
                 f"these runs cannot be paired: two have {by} {variant} and {pair} {partner}; give "
                 f"one of them, or another --pair"
             )
         table[variant][partner] = values
-    if len(kinds) > 1:
-        raise ValueError(
-            "these runs cannot be paired: they were evaluated on other data or with another "
-            "number of samples; evaluate them alike"
-        )
     if len(table) < 2:
         raise ValueError(f"these runs cannot be compared by {by}: all have {next(iter(table))}")
     rows = _differences(table, by, pair)
@@ -170,10 +170,12 @@ def compare(
     print(f"{folder / 'comparison.csv'}, {folder / 'comparison.tex'}")
 
 
-def _estimated(run: Run, vae: VAE, batch: Batch, split: str, samples: int) -> Estimate:
+def _estimated(
+    run: Run, vae: VAE, batch: Batch, split: str, samples: int, level: float | None
+) -> Estimate:
     """L_K of all data, block by block, going on with the blocks that are there."""
     path = Path(run.run) / f"evaluation-{split}.part.npz"
-    key, size = _key(run, split, samples), len(batch[0])
+    key, size = _key(run, split, samples, batch), len(batch[0])
     kept = _read(path, key) or _read(path.with_name(f"evaluation-{split}.npz"), key)
     done = [_restored(kept, samples)] if kept else []
     start = len(done[0].log_likelihood) if done else 0
@@ -183,7 +185,7 @@ def _estimated(run: Run, vae: VAE, batch: Batch, split: str, samples: int) -> Es
             rows = tuple(tensor[start : start + _BLOCK] for tensor in batch)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "the importance weights")
-                done.append(log_likelihood(vae, rows, samples=samples))
+                done.append(log_likelihood(vae, rows, samples=samples, level=level))
             start += len(rows[0])
             bar.update(len(rows[0]))
             _write(path, _kept(Estimate.joined(done)), key)
@@ -194,20 +196,35 @@ def _estimated(run: Run, vae: VAE, batch: Batch, split: str, samples: int) -> Es
 def _kept(estimate: Estimate) -> dict[str, Array]:
     """An estimate as arrays of a file."""
     arrays = {name: getattr(estimate, name).numpy(force=True) for name in _ARRAYS}
-    return {**arrays, "dimensions": np.array(estimate.dimensions or 0)}
+    return {
+        **arrays,
+        "dimensions": np.array(estimate.dimensions or 0),
+        "level": np.array(estimate.level),
+    }
 
 
 def _restored(arrays: Mapping[str, Array], samples: int) -> Estimate:
     """The estimate that a file holds."""
     values: Any = {name: torch.as_tensor(arrays[name]) for name in _ARRAYS}
-    return Estimate(**values, samples=samples, dimensions=int(arrays["dimensions"]) or None)
+    dimensions = int(arrays["dimensions"]) or None
+    return Estimate(**values, samples=samples, dimensions=dimensions, level=float(arrays["level"]))
 
 
-def _key(run: Run, split: str, samples: int) -> str:
-    """What an estimate depends on, in words."""
+def _key(run: Run, split: str, samples: int, batch: Batch) -> str:
+    """What an estimate depends on, in words, of which `_values` reads the last ones."""
     weights = Path(run.run) / f"{run.weights}.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
-    return f"{digest} {split} {run.data or ''} seed {run.seed} samples {samples}"
+    return f"{digest} {split} seed {run.seed} data {_digest(batch)} samples {samples}"
+
+
+def _digest(batch: Batch) -> str:
+    """What tells one set of data, with its context, from another."""
+    digest = hashlib.sha256()
+    for tensor in batch:
+        array = np.ascontiguousarray(tensor.numpy(force=True))
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _read(path: Path, key: str) -> dict[str, Array] | None:
@@ -217,7 +234,7 @@ def _read(path: Path, key: str) -> dict[str, Array] | None:
     try:
         with np.load(path) as file:
             same = str(file["key"]) == key
-            there = same and set(_ARRAYS) <= set(file.files)
+            there = same and {*_ARRAYS, "dimensions", "level"} <= set(file.files)
             return {name: file[name] for name in file.files if name != "key"} if there else None
     except (OSError, ValueError, KeyError):
         return None
@@ -251,6 +268,7 @@ def _table(found: Mapping[str, Any], samples: int, split: str) -> str:
     """Rows of a name, a value and what is to be said of it."""
     parts = found["decomposition"]
     rows: list[tuple[str, str | float, str]] = []
+    saturated = ", no verdict: needs more data" if found["saturated"] else ""
     if samples:
         name = f"L_{samples}"
         share, median = found[f"{name}_unreliable"], found[f"{name}_pareto_k"]
@@ -272,9 +290,13 @@ def _table(found: Mapping[str, Any], samples: int, split: str) -> str:
             f"of at most log N = {parts['log_count']:.2f}; "
             f"{parts['mutual_information_without_itself']:.2f} without itself",
         ),
-        ("    marginal KL", parts["marginal_kl"], "of the aggregated posterior"),
+        ("    marginal KL", parts["marginal_kl"], f"of the aggregated posterior{saturated}"),
         ("  active units", f"{parts['active_units']:.0f}", f"of {parts['units']:.0f}"),
     ]
+    if "total_correlation" in parts:
+        rows.insert(
+            -1, ("      total correlation", parts["total_correlation"], f"of q(z){saturated}")
+        )
     if isinstance(found["calibration"], str):
         calibrated = f"calibration: {found['calibration']}"
     else:
@@ -301,7 +323,7 @@ def _named(setting: Any, key: str) -> str:
     return str(setting)
 
 
-def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, int]]:
+def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...]]:
     """Means of an evaluated run, and what other runs must have in common with it."""
     path = Path(run) / f"evaluation-{split}.npz"
     if not path.is_file():
@@ -311,13 +333,25 @@ def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, int]]:
     try:
         with np.load(path) as file:
             elbo = file["reconstruction"] - file["kl"]
-            samples = str(file["key"]).rpartition(" ")[2]
+            words = str(file["key"]).split()
+            samples, digest = words[-1], words[-3]
             values = {"ELBO": float(elbo.mean())}
             if "log_likelihood" in file.files:
                 values[f"L_{samples}"] = float(file["log_likelihood"].mean())
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
-    return values, (samples, len(elbo))
+    return values, (samples, digest, str(len(elbo)))
+
+
+def _check_alike(first: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str, ...]]) -> None:
+    """Two runs were evaluated with as many samples and, where they are partners, on one set."""
+    if first[1] == other[1]:
+        return
+    what = "another number of samples" if first[1][0] != other[1][0] else "different data"
+    raise ValueError(
+        f"these runs cannot be paired: '{first[0]}' and '{other[0]}' were evaluated with {what}; "
+        f"evaluate them alike"
+    )
 
 
 def _differences(

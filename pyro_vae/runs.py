@@ -39,7 +39,7 @@ from torch.distributions import Distribution, Independent, constraints
 from torch.nn.functional import one_hot
 
 from pyro_vae import checkpoints, plots
-from pyro_vae.data import Data, Split, dynamic, levels, load, plain, threshold
+from pyro_vae.data import Data, Split, dequantised, dynamic, levels, load, plain, threshold
 from pyro_vae.distributions import Observed
 from pyro_vae.evaluation import bound
 from pyro_vae.pairs import elementary
@@ -47,7 +47,13 @@ from pyro_vae.parts import Blueprint, Part
 from pyro_vae.vae import VAE, as_pyro
 
 SplitName = Literal["train", "validation", "test"]
-VIEWS = {"dynamic": dynamic, "threshold": threshold, "levels": levels, "none": plain}
+VIEWS = {
+    "dynamic": dynamic,
+    "threshold": threshold,
+    "levels": levels,
+    "dequantised": dequantised,
+    "none": plain,
+}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["Batch", "Pair", "Programs", "Rows", "at_a_time", "batches", "validation"]
+__all__ = [
+    "Batch",
+    "Pair",
+    "Programs",
+    "Rows",
+    "at_a_time",
+    "batches",
+    "joined",
+    "validation",
+    "whole",
+    "worded",
+]
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
 from typing import Any, Protocol, cast
 
 import pyro
@@ -43,7 +55,7 @@ def batches(data: Rows) -> Iterator[Batch]:
         data: A split, a tensor ``(N, *shape)``, one batch, or batches.
 
     Raises:
-        ValueError: There are no data.
+        ValueError: There are no data, or a batch has more rows of one tensor than of another.
     """
     if isinstance(data, Tensor):
         data = (data,)
@@ -51,11 +63,21 @@ def batches(data: Rows) -> Iterator[Batch]:
     parts = data.batches(_ROWS) if isinstance(data, Split) else [data] if single else data
     empty = True
     for batch in cast("Iterable[Batch]", parts):
+        if wrong := [len(each) for each in batch[1:] if len(each) != len(batch[0])]:
+            raise ValueError(
+                f"x has {len(batch[0])} rows and its context {wrong[0]}: give a row of context, "
+                f"such as a label, for each datum"
+            )
         if len(batch[0]):
             empty = False
             yield batch
     if empty:
         raise ValueError("there are no data to evaluate")
+
+
+def joined(data: Rows) -> Batch:
+    """All data as one batch."""
+    return tuple(torch.cat(columns) for columns in zip(*batches(data), strict=True))
 
 
 def at_a_time(batch: Batch) -> int:
@@ -91,9 +113,9 @@ class Programs:
         self._rank, self._shared = 9, Trace()  # more than plates nest, until that is known
         self.probe = rows = tuple(tensor[:3] for tensor in batch)
         with torch.no_grad():
-            with _worded("guide", rows):
+            with worded("guide", rows):
                 guided = self._scored(pair.guide, rows, 1)
-            with _worded("model", rows):
+            with worded("model", rows):
                 modelled = self._scored(pair.model, rows, 1, guided)
             self._check(modelled, guided)
             self.shared = sum(
@@ -330,8 +352,19 @@ def validation(enabled: bool) -> Iterator[None]:
         Distribution.set_default_validate_args(before)
 
 
+def whole(**numbers: int) -> None:
+    """Refuse numbers that count something and are not whole.
+
+    Raises:
+        ValueError: One of them has a fraction, or is no number.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, Integral):
+            raise ValueError(f"{name} must be a whole number, not {number!r}")
+
+
 @contextlib.contextmanager
-def _worded(program: str, rows: Batch) -> Iterator[None]:
+def worded(program: str, rows: Batch) -> Iterator[None]:
     """Say in one sentence that a program does not run on data of this shape."""
     try:
         yield

@@ -1,14 +1,24 @@
 """Splits: tensors in three parts, cut into batches, and the views that say what is scored.
 
 A split keeps its rows as they are stored, bytes for pixels, and turns each batch into
-what is scored by its *view*: `plain` values, whole grey `levels`, a fixed `threshold`, or
-the `dynamic` binarisation that draws every pixel anew each time it is seen. A value that
-is missing is NaN, under every view.
+what is scored by its *view*: `plain` values, whole grey `levels`, these `dequantised` by noise,
+a fixed `threshold`, or the `dynamic` binarisation that draws every pixel anew each time it is
+seen. A value that is missing is NaN, under every view.
 """
 
 from __future__ import annotations
 
-__all__ = ["Data", "Split", "divide", "dynamic", "levels", "plain", "split", "threshold"]
+__all__ = [
+    "Data",
+    "Split",
+    "dequantised",
+    "divide",
+    "dynamic",
+    "levels",
+    "plain",
+    "split",
+    "threshold",
+]
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +43,18 @@ def plain(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def levels(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return values in [0, 1] as the nearest of the grey levels 0, 1, ... 255."""
     return (255 * values).round()
+
+
+def dequantised(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return values in [0, 1] as grey levels plus noise, ``(255 v + u) / 256, u ~ U[0, 1)``.
+
+    Theis et al. (2016), A Note on the Evaluation of Generative Models, section 3.1: their
+    density bounds the probability of the levels from below.
+    """
+    noise = torch.rand(values.shape, generator=generator, dtype=values.dtype, device=values.device)
+    # As many digits as a number below 256 has left, and neither 0 nor 1, where densities may end.
+    noise = ((2**15 * noise).floor() + 0.5) / 2**15
+    return (levels(values) + noise) / 256
 
 
 def threshold(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -94,6 +116,11 @@ class Split:
     def expected(self) -> Split:
         """Return the split with its plain values in place of draws that have them as mean."""
         return dataclasses.replace(self, view=plain) if self.view is dynamic else self
+
+    @property
+    def level(self) -> float | None:
+        """Width of a grey level in what is scored, where these are dequantised; else None."""
+        return 1 / 256 if self.view is dequantised else None
 
     def mean(self) -> Tensor:
         """Mean of what is scored over the rows, of shape `shape`; dynamic binarisation keeps it.
@@ -345,7 +372,7 @@ def divide(
         name: Name of the data set.
         top: The stored value that counts as 1; by default 255 for bytes (1 if they are all
             0 or 1) and 1 for other types.
-        view: `plain`, `levels`, `threshold` or `dynamic`.
+        view: `plain`, `levels`, `dequantised`, `threshold` or `dynamic`.
         validation: Fraction of the given ``train`` for validation, 0 for none.
         test: Likewise for the test.
         ordered: Take them from the end, as a sequence of frames needs, and not at random.

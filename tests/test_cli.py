@@ -775,7 +775,7 @@ MISUSE = {
     "train --lr fast": "--lr takes a number, not 'fast'",
     "train --ordered=maybe": "--ordered takes no value; there is --no-ordered",
     "train --activation RelU": "--activation takes one of ELU, GELU, Identity, LeakyReLU",
-    "train --binarisation nne": "--binarisation takes one of dynamic, threshold, levels, none",
+    "train --binarisation nne": "--binarisation takes one of dynamic, threshold, levels, deq",
     "train --data digist": "unknown data set 'digist': did you mean 'digits'?",
     "train --data no.npy": "there is no file or folder 'no.npy'",
     "train --prior Norml": "unknown prior 'Norml': did you mean 'Normal'?",

@@ -57,6 +57,30 @@ def test_the_parts_of_the_bound_of_a_linear_model_are_those_of_gaussians():
     assert parts.verdict.startswith("no collapse: 2 of 2 units are active")
 
 
+def test_total_correlation_is_that_of_gaussians():
+    vae, x = linear_vae(2, 2), torch.randn(4000, 2)
+    with torch.no_grad():
+        vae.posterior.network.last.weight[:2] = torch.tensor([[1.0, 0.0], [1.0, 0.5]])
+    loc, log_scale = vae.posterior.network(x).detach().unbind(-2)
+    covariance = loc.T.cov() + (2 * log_scale[0]).exp().diag()
+    variance = covariance.diagonal()
+    total = float(variance.log().sum() - covariance.logdet()) / 2
+    dimension = 0.5 * (loc.mean(0) ** 2 + variance - 1 - variance.log())
+    # The mean over 2000 draws of a log-ratio, whose standard deviation is below 0.7.
+    parts = decompose(vae, x, draws=2000)
+    assert total > 0.1
+    assert parts.total_correlation == pytest.approx(total, abs=0.04)
+    assert torch.allclose(parts.marginal_dimension_kl, dimension, atol=0.05)
+    assert parts.marginal_kl == pytest.approx(
+        parts.total_correlation + float(parts.marginal_dimension_kl.sum()), abs=1e-6
+    )
+    assert parts.summary()["total_correlation"] == parts.total_correlation
+    vae.prior = priors.MixtureOfNormals(2)
+    other = decompose(vae, x[:50])
+    assert other.total_correlation is other.marginal_dimension_kl is None
+    assert "total_correlation" not in other.summary()
+
+
 def test_information_saturates_at_log_n_and_the_verdict_is_withheld():
     pair = linear(scale=0.01)
     parts = decompose(pair, drawn(pair, 100))
@@ -130,6 +154,11 @@ def test_a_bimodal_target_loses_to_the_family():
     assert gap.verdict.startswith("more is lost to the family")
     assert gap.family == pytest.approx(math.log(2), abs=0.1)  # the other half
     assert torch.allclose(found.log_likelihood.mean(), truth.mean(), atol=0.1)
+    assert gap.regained < 0.1
+    mixed = inference_gap(Bimodal(), x, steps=200, components=6, log_p=truth)
+    # Of each of four data some of five components begin in the other half, at this seed.
+    assert mixed.regained == pytest.approx(math.log(2), abs=0.1)
+    assert "a mixture of 6 such with full covariance regains" in mixed.verdict
 
 
 def test_calibration_passes_for_the_exact_posterior_and_not_for_half_its_scale():

@@ -14,8 +14,10 @@ from torch import nn
 from torch.nn import functional
 
 from pyro_vae import MLP, VAE, data, likelihoods, posteriors, priors
+from pyro_vae.annealing import annealed_importance_sampling
+from pyro_vae.diagnostics import calibration, decompose, inference_gap
 from pyro_vae.distributions import Bernoulli
-from pyro_vae.evaluation import Estimate, _pareto_k, _tail, log_likelihood, quadrature
+from pyro_vae.evaluation import Estimate, _pareto_k, _tail, bound, log_likelihood, quadrature
 from pyro_vae.scoring import Programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:the importance weights")
@@ -319,6 +321,71 @@ def test_bits_are_for_discrete_data_only():
     assert estimate.bits_per_dimension == pytest.approx(-estimate.mean / 9 / math.log(2))
     vae.likelihood = likelihoods.Bernoulli(vae.likelihood.network, greyscale=True)
     assert log_likelihood(vae, x, samples=30).bits_per_dimension is None
+
+
+def test_bits_of_dequantised_levels_bound_those_of_the_levels():
+    # Levels of one pixel with known probabilities, under the density that is uniform in each.
+    stored = torch.randint(0, 256, (400, 3), dtype=torch.uint8)
+    part = data.split(stored, validation=0, test=0, view=data.dequantised).train
+    x = part.batch()[0]
+    assert torch.equal((256 * x).floor(), part.x.to(x.dtype))
+    noise = (256 * x % 1).flatten()
+    assert stats.kstest(noise.numpy(), "uniform").pvalue > FALSE_ALARM
+    assert ((x > 0) & (x < 1)).all()
+
+    class Uniform(nn.Module):
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("x", dist.Uniform(x.new_zeros(3), 1.0).to_event(1), obs=x)
+
+        def guide(self, x):
+            pass
+
+    assert log_likelihood(Uniform(), part, samples=2).bits_per_dimension == pytest.approx(8)
+    assert log_likelihood(Uniform(), x, samples=2).bits_per_dimension is None
+    given = log_likelihood(Uniform(), x, samples=2, level=1 / 256)
+    assert given.bits_per_dimension == pytest.approx(8)
+    # The Frey Face example: 1201 nats of 560 pixels scaled to [0, 1] are 4.90 bits.
+    one = torch.ones(1)
+    frey = Estimate(1201 * one, one, one, one, 1, dimensions=560, level=1 / 255)
+    assert frey.bits_per_dimension == pytest.approx(4.90, abs=0.005)
+
+
+def test_labels_that_are_missing_are_said_in_a_sentence():
+    vae = VAE(
+        prior=priors.Normal(2),
+        likelihood=likelihoods.Bernoulli(MLP(2, [8], 9, context=3)),
+        posterior=posteriors.Normal(MLP(9, [8], (2, 2), context=3)),
+    )
+    x, said = (
+        torch.ones(5, 9),
+        "guide cannot run on .*: a network built with context=3 was given 0",
+    )
+    for call in (log_likelihood, quadrature, decompose, calibration, inference_gap):
+        with pytest.raises(ValueError, match=said):
+            call(vae, x)
+    with pytest.raises(ValueError, match=said):
+        bound(vae, [(x,)])
+    few = torch.eye(3)[[0, 1, 2, 0]]
+    with pytest.raises(ValueError, match="x has 5 rows and its context 4: give a row of context"):
+        log_likelihood(vae, (x, few))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda x: log_likelihood(None, x, samples=2.5), "samples"),
+        (lambda x: log_likelihood(None, x, chunk=2.5), "chunk"),
+        (lambda x: bound(None, [(x,)], particles=2.5), "particles"),
+        (lambda x: annealed_importance_sampling(None, x, distributions=2.5), "distributions"),
+        (lambda x: decompose(None, x, draws=2.5), "draws"),
+        (lambda x: inference_gap(None, x, steps=2.5), "steps"),
+        (lambda x: calibration(None, x, simulations=2.5), "simulations"),
+    ],
+)
+def test_numbers_of_draws_are_whole(call, name):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number, not 2.5"):
+        call(torch.ones(2, 3))
     assert log_likelihood(linear_vae(4, 2), torch.randn(3, 4), samples=5).dimensions is None
 
 

@@ -129,13 +129,18 @@ def test_a_flow_scores_its_own_draws_without_inverting(monkeypatch):
 @pytest.mark.parametrize("name", ["latent", "features", "transforms"])
 def test_sizes_of_a_flow_are_checked(name):
     sizes = {"latent": 3, name: 0}
-    with pytest.raises(ValueError, match=f"the {name} of a Flow posterior are at least 1, not 0"):
+    with pytest.raises(
+        ValueError, match=f"the {name} of a Flow posterior must be at least 1, not 0"
+    ):
         posteriors.Flow(MLP(4, [8], 70), **sizes)
 
 
-def test_no_rank_is_refused():
-    with pytest.raises(ValueError, match="at least 1, not 0"):
-        posteriors.LowRankNormal(MLP(4, [8], (2, 3)), rank=0)
+def test_no_rank_and_half_of_one_are_refused():
+    for rank, said in ((0, "at least 1, not 0"), (2.5, "a whole number, not 2.5")):
+        with pytest.raises(ValueError, match=f"rank of a LowRankNormal must be {said}"):
+            posteriors.LowRankNormal(MLP(4, [8], (2, 3)), rank=rank)
+    with pytest.raises(ValueError, match="features of a Flow posterior must be a whole number"):
+        posteriors.Flow(MLP(4, [8], 70), 3, features=2.5)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,10 @@ def test_what_cannot_be_compared_is_said(runs, copy, tmp_path, capsys):
     assert call(f"evaluate {copy} --samples 20") == 0
     said = sentence(f"compare {one} {copy} --by lr", capsys)
     assert "another number of samples; evaluate them alike" in said
+    np.save(tmp_path / "x.npy", np.eye(8)[np.random.default_rng(0).integers(8, size=(50, 1, 8))])
+    assert call(f"evaluate {copy} --samples 50 --data {tmp_path / 'x.npy'}") == 0
+    said = sentence(f"compare {one} {copy} --by lr", capsys)
+    assert f"'{one}' and '{copy}' were evaluated with different data; evaluate them" in said
     (copy / "evaluation-test.npz").unlink()
     said = sentence(f"compare {one} {copy} --by lr", capsys)
     assert said.endswith("--split test` first")
@@ -173,6 +177,22 @@ def test_bad_runs_are_refused_in_a_sentence(copy, capsys):
     assert "was trained on data of shape (1, 8, 8)" in said
     (copy / "best.safetensors").unlink()
     assert "there are no weights at" in sentence(f"evaluate {copy}", capsys)
+
+
+def test_dequantised_pixels_have_bits_as_an_upper_bound(tmp_path, capsys):
+    run = tmp_path / "noisy"
+    options = "--likelihood Normal --binarisation dequantised"
+    assert call(f"{TRAIN} {options} --out {run}") == 0
+    capsys.readouterr()
+    assert call(f"evaluate {run} --samples 20 --json") == 0
+    found = json.loads(capsys.readouterr().out)
+    bits = -(found["L_20"] / 64 + np.log(1 / 256)) / np.log(2)
+    assert found["bits_per_dimension"] == pytest.approx(bits)
+    assert found["bits"] == "upper bound, 8 bit"
+    assert call(f"evaluate {run} --samples 20") == 0  # what was kept
+    table = capsys.readouterr().out
+    assert f"{bits:.2f}  upper bound, 8 bit" in table
+    assert "total correlation" in table
 
 
 def test_grey_levels_are_labelled_and_have_no_calibration(tmp_path, capsys):
