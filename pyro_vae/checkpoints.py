@@ -12,7 +12,9 @@ from __future__ import annotations
 
 __all__ = [
     "FORMAT",
+    "HEADER",
     "blueprint",
+    "check_header",
     "create",
     "decode",
     "describe",
@@ -46,6 +48,7 @@ from pyro_vae.parts import Blueprint
 from pyro_vae.vae import VAE
 
 FORMAT = 1  # of every file of a run; a later one may hold what this version does not know
+HEADER = f"# A run of pyro_vae, format {FORMAT}"  # first line of its configuration
 _KEPT = 2  # checkpoints of a run, besides its best weights
 _BLANK = "0" * 64  # where the checksum stands, while it is computed
 
@@ -173,6 +176,16 @@ def blueprint(run: str | Path) -> Blueprint:
         return Blueprint.of(values)
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
+
+
+def check_header(content: str, path: Path) -> None:
+    """Refuse a configuration of a later format; an earlier one may not say which it has.
+
+    Raises:
+        ValueError: It is of a later format.
+    """
+    if found := re.match(r"# A run of pyro_vae, format (\d{1,9})\n", content):
+        _check_format(int(found[1]), path)
 
 
 def encode(tree: Mapping[str, Any]) -> bytes:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Metrics", "Progress", "Standing", "Stopped", "settings"]
+__all__ = ["Metrics", "Progress", "Standing", "Stopped"]
 
 import contextlib
-import hashlib
 import json
 import math
 import os
-import platform
-import random
 import signal
 import sys
 import threading
@@ -18,11 +15,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 from pyro.infer.elbo import ELBO
 from torch import Tensor, nn
@@ -30,6 +25,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae import checkpoints
+from pyro_vae.identity import (
+    generators,
+    numbers,
+    set_generators,
+    set_numbers,
+    tensors,
+    versions,
+)
 from pyro_vae.splits import Data
 
 if sys.platform != "win32":
@@ -301,16 +304,16 @@ class Progress:
         return {
             "epochs": self.epochs,
             "settings": dict(self.settings),
-            "versions": _versions(),
+            "versions": versions(),
             "threads": torch.get_num_threads(),
             "device": self.device.type,
             "now": vars(self.now),
-            "weights": {name: each.detach() for name, each in _tensors(self.pair).items()},
+            "weights": {name: each.detach() for name, each in tensors(self.pair).items()},
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict() if self.schedule else None,
-            "objective": _numbers(self.objective),
-            "generators": {"0": {"order": order, **_generators(self.device)}},
+            "objective": numbers(self.objective),
+            "generators": {"0": {"order": order, **generators(self.device)}},
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -323,7 +326,7 @@ class Progress:
             self._check(state)
             now = Standing(**state["now"])
             with torch.no_grad():
-                for name, each in _tensors(self.pair).items():
+                for name, each in tensors(self.pair).items():
                     each.copy_(state["weights"][name])
             groups = [_keys(each) for each in self.optimizer.state_dict()["param_groups"]]
             if groups != [_keys(each) for each in state["optimizer"]["param_groups"]]:
@@ -333,12 +336,12 @@ class Progress:
                 if _keys(self.schedule.state_dict()) != _keys(state["schedule"]):
                     raise ValueError("its schedule is another one")
                 self.schedule.load_state_dict(state["schedule"])
-            _set_numbers(self.objective, state["objective"])
+            set_numbers(self.objective, state["objective"])
             self.best = {key: value.to(self.device) for key, value in state["best"].items()}
             own = state["generators"]["0"]
             self._order = own["order"]
             self.generator.set_state(self._order)
-            _set_generators(own, self.device)
+            set_generators(own, self.device)
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"'{self.folder}' has a checkpoint of another run: {error}"
@@ -351,7 +354,7 @@ class Progress:
         """Refuse what would not be the same run, and say what cannot be exactly the same."""
         for key, new in self.settings.items():
             old = state["settings"].get(key)
-            if new is not None and json.dumps(old) != json.dumps(new):
+            if new is not None and old != new and json.dumps(old) != json.dumps(new):
                 shown = key in ("data", "weights")
                 raise ValueError(
                     f"'{self.folder}' cannot go on with other {key}"
@@ -367,7 +370,7 @@ class Progress:
             raise ValueError(
                 f"'{self.folder}' has {len(state['now']['rows'])} epochs, more than {self.epochs}"
             )
-        now = {**_versions(), "threads": torch.get_num_threads()}
+        now = {**versions(), "threads": torch.get_num_threads()}
         before = {**state["versions"], "threads": state["threads"]}
         changed = [f"{key} {before.get(key)}" for key in now if now[key] != before.get(key)]
         if changed:
@@ -378,120 +381,8 @@ class Progress:
             )
 
 
-def settings(
-    pair: nn.Module, data: Data, objective: ELBO, optimizer: Optimizer, schedule: Any, **plain: Any
-) -> dict[str, Any]:
-    """Return what makes a run that run, as plain values: what is trained, on what, and how.
-
-    Args:
-        pair: What is trained.
-        data: Its data, of which 1000 rows of each split stand for all.
-        objective: The objective, by its class and numbers.
-        optimizer: The optimiser, new, by its class and options.
-        schedule: The schedule, likewise.
-        plain: Whatever else, plain values.
-    """
-    shapes = [f"{key} {tuple(each.shape)} {each.dtype}" for key, each in _tensors(pair).items()]
-    digest = hashlib.sha256()
-    for part in data.splits[:2]:
-        rows = torch.linspace(0, len(part) - 1, min(len(part), 1000), device=part.x.device).long()
-        digest.update(f"{len(part)} {part.top} {_name(part.view)}".encode())
-        for each in (part.x, *part.context):
-            digest.update(f"{tuple(each.shape)} {each.dtype}".encode())
-            digest.update(each[rows].contiguous().cpu().numpy().tobytes())
-    groups = [
-        {key: _plain(value) for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    state = schedule.state_dict() if schedule else {}
-    return {
-        **plain,
-        "objective": _plain({"class": _name(type(objective)), **_numbers(objective, plain=True)}),
-        "optimizer": {"class": _name(type(optimizer)), "groups": groups},
-        "schedule": schedule and _plain({"class": _name(type(schedule)), **state}),
-        "data": digest.hexdigest(),
-        "weights": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
-    }
-
-
-def _name(each: Any) -> str:
-    return getattr(each, "__qualname__", type(each).__qualname__)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it, and of what that lacks the name of its class."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(each) for key, each in value.items()}
-    return value if value is None or isinstance(value, (bool, int, float, str)) else _name(value)
-
-
 def _keys(values: Any) -> list[str]:
     return sorted(map(str, values))
-
-
-def _tensors(pair: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer, those among them that no `state_dict` has."""
-    return {**dict(pair.named_parameters()), **dict(pair.named_buffers())}
-
-
-def _numbers(objective: ELBO, *, plain: bool = False) -> dict[str, Any]:
-    """Numbers and tensors that an objective holds, with those of the one inside of it."""
-    held: dict[str, Any] = {}
-    for key, value in vars(objective).items():
-        if isinstance(value, ELBO):
-            inside = {"class": _name(type(value))} if plain else {}
-            held[key] = {**inside, **_numbers(value, plain=plain)}
-        elif isinstance(value, (bool, int, float)) and not (plain and key == "max_plate_nesting"):
-            held[key] = value
-        elif isinstance(value, Tensor) and not plain:
-            held[key] = value.detach()
-    return held
-
-
-def _set_numbers(objective: ELBO, held: Mapping[str, Any]) -> None:
-    for key, now in _numbers(objective).items():
-        if isinstance(now, dict):
-            _set_numbers(getattr(objective, key), held[key])
-        elif isinstance(now, Tensor):
-            now.copy_(held[key])
-        else:
-            setattr(objective, key, held[key])
-
-
-def _generators(device: torch.device) -> dict[str, Any]:
-    """The states of the random generators that programs draw from."""
-    numbers: Any = np.random.get_state(legacy=False)
-    if isinstance(numbers["state"].get("key"), np.ndarray):
-        key = torch.from_numpy(numbers["state"]["key"].astype(np.int64))
-        numbers = {**numbers, "state": {**numbers["state"], "key": key}}
-    kind, internal, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": numbers,
-        "python": {"kind": kind, "internal": torch.tensor(internal), "gauss": gauss},
-    }
-
-
-def _set_generators(state: Mapping[str, Any], device: torch.device) -> None:
-    numbers, python = state["numpy"], state["python"]
-    if isinstance(numbers["state"].get("key"), Tensor):
-        key = numbers["state"]["key"].numpy().astype(np.uint32)
-        numbers = {**numbers, "state": {**numbers["state"], "key": key}}
-    np.random.set_state(numbers)
-    random.setstate((python["kind"], tuple(python["internal"].tolist()), python["gauss"]))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _versions() -> dict[str, str]:
-    names = ("pyro-vae", "pyro-ppl", "torch", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 @contextlib.contextmanager

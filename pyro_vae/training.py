@@ -24,10 +24,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from pyro_vae.evaluation import bound
+from pyro_vae.identity import settings
 from pyro_vae.objectives import BetaELBO
 from pyro_vae.optimizers import optimizer_of
 from pyro_vae.pairs import check_objective, check_pair
-from pyro_vae.progress import Metrics, Progress, Standing, settings
+from pyro_vae.progress import Metrics, Progress, Standing
 from pyro_vae.scoring import validation
 from pyro_vae.splits import Data, Split
 from pyro_vae.svi import CompiledSVI, Mode, mode_for
