@@ -58,8 +58,9 @@ def settings(
     return {
         **plain,
         "objective": _plain({"class": _name(type(objective)), **numbers(objective, plain=True)}),
-        "optimizer": {"class": _name(type(optimizer)), "groups": groups},
+        # First, since a schedule may change the options of its optimizer.
         "schedule": schedule and _plain({"class": _name(type(schedule)), **state}),
+        "optimizer": {"class": _name(type(optimizer)), "groups": groups},
         "data": digest.hexdigest(),
         "weights": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
     }

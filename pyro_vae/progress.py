@@ -322,44 +322,51 @@ class Progress:
         Raises:
             ValueError: It is that of another run, or on another device.
         """
+        amiss = (LookupError, TypeError, AttributeError, RuntimeError)
+        words = f"'{self.folder}' has a checkpoint of another run"
         try:
             self._check(state)
-            now = Standing(**state["now"])
-            with torch.no_grad():
-                for name, each in tensors(self.pair).items():
-                    each.copy_(state["weights"][name])
-            groups = [_keys(each) for each in self.optimizer.state_dict()["param_groups"]]
-            if groups != [_keys(each) for each in state["optimizer"]["param_groups"]]:
-                raise ValueError("the options of its optimizer are others")
-            self.optimizer.load_state_dict(dict(state["optimizer"]))
-            if self.schedule:
-                if _keys(self.schedule.state_dict()) != _keys(state["schedule"]):
-                    raise ValueError("its schedule is another one")
-                self.schedule.load_state_dict(state["schedule"])
-            set_numbers(self.objective, state["objective"])
-            self.best = {key: value.to(self.device) for key, value in state["best"].items()}
-            own = state["generators"]["0"]
-            self._order = own["order"]
-            self.generator.set_state(self._order)
-            set_generators(own, self.device)
-        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(
-                f"'{self.folder}' has a checkpoint of another run: {error}"
-            ) from error
+        except amiss as error:
+            raise ValueError(f"{words}: {error!r}") from error
+        try:
+            self._take(state)
+        except (ValueError, *amiss) as error:
+            raise ValueError(f"{words}: {error!r}") from error
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        now = Standing(**state["now"])
+        with torch.no_grad():
+            for name, each in tensors(self.pair).items():
+                each.copy_(state["weights"][name])
+        groups = [_keys(each) for each in self.optimizer.state_dict()["param_groups"]]
+        if groups != [_keys(each) for each in state["optimizer"]["param_groups"]]:
+            raise ValueError("the options of its optimizer are others")
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        if self.schedule:
+            if _keys(self.schedule.state_dict()) != _keys(state["schedule"]):
+                raise ValueError("its schedule is another one")
+            self.schedule.load_state_dict(state["schedule"])
+        set_numbers(self.objective, state["objective"])
+        self.best = {key: value.to(self.device) for key, value in state["best"].items()}
         if isinstance(now.loss, Tensor):
             now.loss = now.loss.to(self.device)
         vars(self.now).update(vars(now))
+        own = state["generators"]["0"]
+        self._order = own["order"]
+        self.generator.set_state(self._order)
+        set_generators(own, self.device)
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """Refuse what would not be the same run, and say what cannot be exactly the same."""
         for key, new in self.settings.items():
-            old = state["settings"].get(key)
-            if new is not None and old != new and json.dumps(old) != json.dumps(new):
-                shown = key in ("data", "weights")
+            if new is None and key == "mode":  # that which the run has
+                continue
+            where, was, is_now = _apart(key, state["settings"].get(key), new)
+            if was != is_now:
+                shown = "" if key in ("data", "weights") else f": it was {was} and is {is_now}"
                 raise ValueError(
-                    f"'{self.folder}' cannot go on with other {key}"
-                    f"{'' if shown else f': it was {old} and is {new}'}; only epochs, checkpoint "
-                    f"and skip_nonfinite may change"
+                    f"'{self.folder}' cannot go on with other {where}{shown}; only epochs, "
+                    f"checkpoint and skip_nonfinite may change"
                 )
         if state["device"] != self.device.type:
             raise ValueError(
@@ -379,6 +386,20 @@ class Progress:
                 f"on, though not to the last digit as it would have done",
                 stacklevel=5,
             )
+
+
+def _apart(where: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The first place, and the two values in it, in which two plain values differ."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        pairs = [(key, old[key], new[key]) for key in old]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(index, *both) for index, both in enumerate(zip(old, new, strict=True))]
+    else:
+        return where, old, new
+    for key, first, second in pairs:
+        if first != second and not (first != first and second != second):
+            return _apart(f"{where}.{key}", first, second)
+    return where, None, None
 
 
 def _keys(values: Any) -> list[str]:

@@ -157,8 +157,8 @@ def fit(
         now = standing.now
         stored = _Stored(annealed if warmup else objective, data.train)
         svi = CompiledSVI(pair.model, pair.guide, lambda _: optim, stored, mode=now.mode)
-        buffers = list(pair.buffers()) if skip_nonfinite else []
-        watch = _Watch(parameters, buffers, waits=device.type != "cpu" and not skip_nonfinite)
+        waits = device.type != "cpu" and not skip_nonfinite
+        watch = _Watch(parameters, list(pair.buffers()), waits=waits, keeps=skip_nonfinite > 0)
         bar.update((now.epoch - 1) * len(data.train) + now.batch * batch_size)
         for epoch in range(now.epoch, epochs + 1):
             calm = epoch - 1 - max(now.best_epoch, math.ceil(warmup * now.planned))
@@ -193,7 +193,7 @@ def fit(
                 "samples": epoch * len(data.train),
                 "loss": float(now.loss) / now.seen if now.seen else math.nan,
                 "weight": now.weight / len(data.train),
-                "learning_rate": optim.param_groups[0]["lr"],
+                "learning_rate": float(optim.param_groups[0]["lr"]),
                 "images_per_second": len(data.train) / standing.seconds,
             }
             if skip_nonfinite:
@@ -239,20 +239,26 @@ class _Watch:
 
     Args:
         parameters: What is trained.
-        buffers: What else a step changes, and a step that is left out is not to.
+        buffers: What else a step changes.
         waits: Whether to ask only at a `check`.
+        keeps: Whether to `undo` is asked for.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], buffers: Sequence[Tensor] = (), *, waits: bool
+        self,
+        parameters: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        *,
+        waits: bool,
+        keeps: bool = False,
     ) -> None:
-        self.parameters, self.buffers, self.waits = parameters, buffers, waits
+        self.parameters, self.buffers, self.waits, self.keeps = parameters, buffers, waits, keeps
         self.kept = [each.clone() for each in buffers]
         self.begin()
 
     def begin(self) -> None:
         """Begin an epoch, to whose parameters to go back."""
-        self.before = [each.detach().clone() for each in self.parameters]
+        self.before = [each.detach().clone() for each in (*self.parameters, *self.buffers)]
         self.finite: Any = True
 
     def passes(self, loss: Tensor, norm: Tensor | None) -> bool:
@@ -261,7 +267,8 @@ class _Watch:
         if self.waits:
             self.finite = finite & self.finite
             return True
-        if passed := bool(finite):
+        passed = bool(finite)
+        if passed and self.keeps:
             _put(self.buffers, self.kept)
         return passed
 
@@ -275,9 +282,15 @@ class _Watch:
             raise self.failed(diagnosis())
 
     def failed(self, reason: str) -> FloatingPointError:
-        """Put parameters that are no numbers back where they were, and return the error."""
+        """Put back what is no number where it was, and return the error."""
+        count = len(self.parameters)
+        if self.keeps:
+            self.undo()
         if not self._sound():
-            _put(self.before, self.parameters)
+            _put(self.before[:count], self.parameters)
+        for value, each in zip(self.before[count:], self.buffers, strict=True):
+            if not each.isfinite().all() and value.isfinite().all():
+                _put([value], [each])
         return FloatingPointError(reason)
 
     def _sound(self) -> bool:

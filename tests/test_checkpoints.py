@@ -147,7 +147,9 @@ def test_a_damaged_description_is_refused(content, run):
 
 def test_a_description_of_a_later_format_is_refused(run):
     (run / "model.json").write_text(json.dumps({"format": 2, "parts": ["of", "the", "future"]}))
-    with pytest.raises(ValueError, match="has format 2 and this version reads formats up to 1; upgrade"):
+    with pytest.raises(
+        ValueError, match="has format 2 and this version reads formats up to 1; upgrade"
+    ):
         load(run)
 
 
