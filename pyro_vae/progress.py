@@ -34,6 +34,7 @@ from pyro_vae.identity import (
     versions,
 )
 from pyro_vae.splits import Data
+from pyro_vae.svi import Mode
 
 if sys.platform != "win32":
     import fcntl
@@ -70,7 +71,7 @@ class Standing:
     """
 
     planned: int
-    mode: Any
+    mode: Mode
     epoch: int = 1
     batch: int = 0
     step: int = 0
@@ -219,15 +220,17 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None
         with self._closing:
             if self.folder:
-                with contextlib.suppress(*[OSError] * (kind is not None)):
+                # Where a disk is full, that it is so is said once, by the first to notice.
+                with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
                     checkpoints.save(self.pair, self.folder / "last.safetensors")
-                    if kind is None:
+                    if not failed:
                         self._save()
-            if kind is None and self.best:
+            if self.best and not failed:
                 self.pair.load_state_dict(self.best)
-        if kind is None:
+        if not failed:
             self._stop()
 
     def _open(self, folder: Path, stack: contextlib.ExitStack) -> None:
@@ -425,6 +428,8 @@ def _claimed(folder: Path, resume: bool) -> Iterator[TextIO]:
                 raise FileExistsError(
                     f"another process trains in '{folder}'; let it end, or choose another folder"
                 ) from error
+            except OSError:  # of a file system that has no locks
+                pass
         file.seek(0)
         yield file
 

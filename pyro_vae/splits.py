@@ -245,7 +245,7 @@ class Data:
         each cell was sequenced.
 
         Raises:
-            ValueError: A row whose total is not positive.
+            ValueError: A row whose total is not positive, or out of all proportion.
 
         Example:
             >>> counts = torch.tensor([[1, 1], [2, 4]])
@@ -267,6 +267,11 @@ class Data:
             (total / (there @ means))[:, None].float()
             for total, there in zip(totals, seen, strict=True)
         ]
+        if not all(((factor > 0) & factor.isfinite()).all() for factor in factors):
+            raise ValueError(
+                f"the totals of the rows of '{self.name}' lie too far apart for size factors; "
+                f"remove the rows that are out of scale"
+            )
         train, validation, test = (
             dataclasses.replace(part, context=(*part.context, factor))
             for part, factor in zip(self.splits, factors, strict=True)

@@ -145,7 +145,7 @@ def fit(
     scheduler = schedule(optim) if schedule else None
     batches = math.ceil(len(data.train) / batch_size)
     plain = {"batch_size": batch_size, "warmup": warmup, "clip": clip, "patience": patience}
-    standing = Progress(
+    state = Progress(
         pair, optim, scheduler, objective, generator,
         now=Standing(epochs, mode or mode_for(epochs * batches)),
         settings=settings(
@@ -153,21 +153,23 @@ def fit(
         ),
         epochs=epochs, run=run, resume=resume, interval=60 * checkpoint,
     )  # fmt: skip
-    with standing, _bar(epochs * len(data.train), progress) as bar, _quiet():
-        now = standing.now
+    with state, _bar(epochs * len(data.train), progress) as bar, _quiet():
+        now = state.now
         stored = _Stored(annealed if warmup else objective, data.train)
         svi = CompiledSVI(pair.model, pair.guide, lambda _: optim, stored, mode=now.mode)
         waits = device.type != "cpu" and not skip_nonfinite
         watch = _Watch(parameters, list(pair.buffers()), waits=waits, keeps=skip_nonfinite > 0)
-        bar.update((now.epoch - 1) * len(data.train) + now.batch * batch_size)
+        budget = now.planned * batches  # of which the warm-up is a part, however long it goes on
+        done = min(now.batch * batch_size, len(data.train))
+        bar.update((now.epoch - 1) * len(data.train) + done)
         for epoch in range(now.epoch, epochs + 1):
             calm = epoch - 1 - max(now.best_epoch, math.ceil(warmup * now.planned))
             if patience and calm >= patience:
                 break
             pair.train()
             watch.begin()
-            for x, *context in standing.batches(data, batch_size):
-                weight = min(now.step / (warmup * now.planned * batches), 1.0) if warmup else 1.0
+            for x, *context in state.batches(data, batch_size):
+                weight = min(now.step / (warmup * budget), 1.0) if warmup else 1.0
                 annealed.weight.fill_(weight)
                 loss = svi.loss_and_grads(x, *context)
                 norm = _norm(parameters) if clip < math.inf or skip_nonfinite else None
@@ -184,9 +186,9 @@ def fit(
                     batch = data.train.scored(x), *context
                     raise watch.failed(_diagnosis(pair, batch, now, exact=True))
                 bar.update(len(x))
-                if standing.due:
+                if state.due:
                     watch.check(lambda: _diagnosis(pair, data.train[:batch_size].batch(), now))
-                    standing.pause()
+                    state.pause()
             watch.check(lambda: _diagnosis(pair, data.train[:batch_size].batch(), now))
             row: Metrics = {
                 "epoch": epoch,
@@ -194,15 +196,15 @@ def fit(
                 "loss": float(now.loss) / now.seen if now.seen else math.nan,
                 "weight": now.weight / len(data.train),
                 "learning_rate": float(optim.param_groups[0]["lr"]),
-                "images_per_second": len(data.train) / standing.seconds,
+                "images_per_second": len(data.train) / state.seconds,
             }
             if skip_nonfinite:
                 row["skipped"] = now.skipped
             if len(data.validation):
                 pair.eval()
                 row |= bound(pair, _fixed(data.validation)).summary()
-            standing.close(row)
-            standing.offer(row)
+            state.close(row)
+            state.offer(row)
             bar.set_postfix(
                 {key: f"{row[key]:.2f}" for key in ("loss", "elbo") if key in row}, refresh=False
             )

@@ -164,6 +164,10 @@ def check(loaded, x, missing):
         assert scored.isfinite().logical_or(scored.isnan() & missing).all()
         assert all(each.isfinite().all() for each in context)
         assert sum(len(batch[0]) for batch in part.batches(2)) == len(part)
+    assert loaded.train.mean().isfinite().all()
+    if loaded.train.x.dtype != torch.bool:
+        sized = loaded.sized()
+        assert all(part.context[-1].isfinite().all() for part in sized.splits)
 
 
 @bounded
@@ -171,6 +175,8 @@ def check(loaded, x, missing):
 @example(np.full((3, 2), 2**63 + 5, ">u8"), data.plain, 0, 0, None, False, False)
 @example(np.ones((3, 2), "i1"), data.plain, 0, 0, 1e-40, False, False)
 @example(np.zeros((3, 2), "i1"), data.plain, 0, 0, 1e-91, False, False)
+@example(np.array([[1e-38], [3e38]], "f4"), data.plain, 0.5, 0, None, False, True)
+@example(np.array([[3e38], [1e-38]], "f4"), data.plain, 0.5, 0, None, False, True)
 @example(np.ones((3, 2), "f4"), data.plain, 0, 0, math.inf, False, False)
 def test_any_array_is_split_or_refused(x, view, validation, test, top, missing, ordered):
     options = {"view": view, "validation": validation, "test": test, "top": top}
