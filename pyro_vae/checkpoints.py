@@ -51,6 +51,7 @@ FORMAT = 1  # of every file of a run; a later one may hold what this version doe
 HEADER = f"# A run of pyro_vae, format {FORMAT}"  # first line of its configuration
 _KEPT = 2  # checkpoints of a run, besides its best weights
 _BLANK = "0" * 64  # where the checksum stands, while it is computed
+_SEAL = re.compile(rb'"format":"\d+, sha256 ([0-9a-f]{64})"')
 
 
 def create(folder: str | Path) -> Path:
@@ -98,7 +99,9 @@ def save(module: nn.Module, path: Path) -> None:
 def save_state(state: Mapping[str, Tensor], path: Path) -> None:
     """Write weights and buffers, given by name, to a safetensors file."""
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
-    write(path, safetensors.torch.save(tensors, {"format": str(FORMAT)}))
+    # In one entry, since several of them come in any order, and equal weights are equal files.
+    metadata = {"format": f"{FORMAT}, sha256 {_BLANK}"}
+    write(path, _sealed(safetensors.torch.save(tensors, metadata)))
 
 
 def restore(module: nn.Module, path: str | Path) -> None:
@@ -113,14 +116,17 @@ def restore(module: nn.Module, path: str | Path) -> None:
         others = ", ".join(sorted(each.name for each in Path(path).parent.glob("*.safetensors")))
         hint = f"; there are {others}, see --weights" if others else ""
         raise FileNotFoundError(f"there are no weights at '{path}'{hint}")
+    raw = Path(path).read_bytes()
+    if _whole(raw) is False:  # None where another tool, or an earlier version, wrote it
+        raise ValueError(f"'{path}' is damaged: its checksum differs")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            number = (file.metadata() or {}).get("format", "")
-        state = safetensors.torch.load_file(path)
+            number = re.match(r"\d+", (file.metadata() or {}).get("format", ""))
+        state = safetensors.torch.load(raw)
     except safetensors.SafetensorError as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
-    if number.isdecimal():  # other tools write a word there, or nothing
-        _check_format(int(number), path)
+    if number:
+        _check_format(int(number[0]), path)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -203,10 +209,8 @@ def encode(tree: Mapping[str, Any]) -> bytes:
     """
     tensors: dict[str, Tensor] = {}
     content = json.dumps(_packed(tree, "", tensors))
-    raw = bytearray(safetensors.torch.save(tensors, {"content": content, "sha256": _BLANK}))
-    start = raw.index(f'"sha256":"{_BLANK}"'.encode()) + len('"sha256":"')
-    raw[start : start + len(_BLANK)] = hashlib.sha256(raw).hexdigest().encode()
-    return bytes(raw)
+    metadata = {"content": content, "format": f"{FORMAT}, sha256 {_BLANK}"}
+    return _sealed(safetensors.torch.save(tensors, metadata))
 
 
 def decode(raw: bytes) -> dict[str, Any]:
@@ -215,15 +219,9 @@ def decode(raw: bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is damaged, in whatever byte, or of a later format.
     """
+    if not (whole := _whole(raw)):
+        raise ValueError("its checksum differs" if whole is False else "it is no checkpoint")
     size = int.from_bytes(raw[:8], "little")
-    found = re.search(rb'"sha256":"([0-9a-f]{64})"', raw[8 : 8 + min(size, len(raw))])
-    if size > len(raw) - 8 or found is None:
-        raise ValueError("it is cut off, or no checkpoint")
-    blank = bytearray(raw)
-    blank[8 + found.start(1) : 8 + found.end(1)] = _BLANK.encode()
-    if hashlib.sha256(blank).hexdigest().encode() != found[1]:
-        raise ValueError("its checksum differs")
-    del blank
     try:
         content = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["content"])
         number = content["format"]
@@ -273,6 +271,26 @@ def newest(folder: Path) -> dict[str, Any] | None:
             )
             path.replace(path.with_suffix(".damaged"))
     return None
+
+
+def _sealed(raw: bytes) -> bytes:
+    """A safetensors file with the checksum of all of its bytes in its place."""
+    found = _SEAL.search(raw)
+    assert found, "no place for a checksum"
+    digest = hashlib.sha256(raw).hexdigest().encode()
+    return b"".join([raw[: found.start(1)], digest, raw[found.end(1) :]])
+
+
+def _whole(raw: bytes) -> bool | None:
+    """Whether a file has the checksum that it says; None where it says none."""
+    size = int.from_bytes(raw[:8], "little")
+    found = _SEAL.search(raw, 8, min(8 + size, len(raw)))
+    if not found:
+        return None
+    digest = hashlib.sha256(raw[: found.start(1)])
+    digest.update(_BLANK.encode())
+    digest.update(memoryview(raw)[found.end(1) :])
+    return digest.hexdigest().encode() == found[1]
 
 
 def _checkpoints(folder: Path) -> list[Path]:

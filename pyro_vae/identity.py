@@ -16,7 +16,7 @@ import hashlib
 import platform
 import random
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -141,5 +141,10 @@ def set_generators(state: Mapping[str, Any], device: torch.device) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of what the last digit of a result may depend on."""
-    names = ("pyro-vae", "pyro-ppl", "torch", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {"python": platform.python_version()}
+    for name in ("pyro-vae", "pyro-ppl", "torch", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # used from its source, and not installed
+            found[name] = "unknown"
+    return found

@@ -440,6 +440,42 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(tmp_path, monkeypatch)
     assert same(trained(run=tmp_path, resume=True), trained())
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own, of 400 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only a superuser who may mount disks has one to fill")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_keeps_the_checkpoint_before(disk, monkeypatch):
+    pause, filler = Progress.pause, disk / "filler"
+
+    def filling(self):
+        if self.now.step == 9:
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(512))
+        pause(self)
+
+    monkeypatch.setattr(Progress, "pause", filling)
+    with pytest.raises(OSError, match="No space left on device"):
+        trained(run=disk / "run", checkpoint=0)
+    monkeypatch.undo()
+    for name in ("run", "new"):  # the same again, and a run that never came to a step
+        with pytest.raises(OSError, match="No space left on device"):
+            trained(run=disk / name, resume=name == "run")
+    steps = [int(path.stem) for path in (disk / "run" / "checkpoints").iterdir()]
+    assert sorted(steps) == [7, 8]
+    assert not list(disk.rglob("*.part"))
+    filler.unlink()
+    assert same(trained(run=disk / "run", resume=True), trained())
+
+
 LIMITED = """
 import resource, sys
 sys.path.insert(0, "tests")
