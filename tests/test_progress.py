@@ -175,7 +175,8 @@ def test_a_run_that_was_stopped_is_the_run(name, tmp_path):
         )
 
     whole = run(trained)
-    for step in (1, 8, 10):  # in the first epoch, within an epoch, at the end of one
+    # In the first epoch, within an epoch, at the end of one; capturing takes a second each time.
+    for step in (8,) if "mode" in options else (1, 8, 10):
         with stopped(step):
             run(trained, run=tmp_path / str(step))
         assert same(run(trained, run=tmp_path / str(step), resume=True), whole)
