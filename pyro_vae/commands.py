@@ -254,21 +254,26 @@ def _same(run: Path, settings: Mapping[str, Any]) -> int:
     path = run / "config.yaml"
     began = {**yaml.safe_load(path.read_text())}
     now = yaml.safe_load(_dumped(settings))
-    free = {"epochs", "checkpoint", "skip_nonfinite", "data", "data_dir"}
-    for key in now.keys() - free - {"out"}:
+    free = {"epochs", "checkpoint", "skip_nonfinite", "data", "data_dir", "out"}
+    changed = list[str]()
+    for key, new in now.items():
         # An option that the run's version did not know had its default.
         old = began.get(key, inspect.signature(train).parameters[key].default)
-        if now[key] != old:
-            raise ValueError(
-                f"'{run}' cannot go on with another --{key.replace('_', '-')}: it was {old} and "
-                f"is {now[key]}; train anew by --config {path} into another folder"
-            )
+        if key not in free and new != old:
+            changed.append(f"another --{key.replace('_', '-')}: it was {old} and is {new}")
+    if changed:
+        raise ValueError(
+            f"'{run}' cannot go on with {', '.join(changed)}; train anew by --config {path} into "
+            f"another folder"
+        )
     if settings["out"]:
         raise ValueError(f"--resume goes on in '{run}'; leave out --out")
     state = checkpoints.newest(run / "checkpoints")
     if state is None or settings["epochs"] != began.get("epochs"):
         return int(settings["epochs"])
-    return int(state["epochs"])  # which an earlier --resume may have extended
+    return int(
+        state.get("epochs", settings["epochs"])
+    )  # which an earlier --resume may have extended
 
 
 def _optimizer(part: Part, lr: float, parameters: Iterable[Tensor]) -> Optimizer:

@@ -1008,7 +1008,10 @@ def test_more_epochs_are_remembered_by_the_checkpoint(here, monkeypatch, capsys)
     ("options", "words"),
     [
         ("--lr 0.1", "cannot go on with another --lr: it was 0.001 and is 0.1; train anew by"),
-        ("--latent 3", "cannot go on with another --latent: it was 2 and is 3"),
+        (
+            "--latent 3 --clip 1",
+            "another --latent: it was 2 and is 3, another --clip: it was None and is 1.0; train",
+        ),
         ("--prior.learned true", "cannot go on with another --prior: it was {'class_path'"),
         ("--device cpu", "cannot go on with another --device: it was None and is cpu"),
         ("--threads 2", "cannot go on with another --threads: it was 1 and is 2"),
