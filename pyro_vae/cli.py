@@ -22,8 +22,9 @@ import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
-from pyro_vae import commands, reports, runs
+from pyro_vae import checkpoints, commands, reports, runs
 from pyro_vae.parts import KINDS, Part, find, named
+from pyro_vae.progress import Stopped
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": commands.train,
@@ -52,7 +53,7 @@ _WORDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 (failed) or 2 (misuse).
+    """Run one command and return its exit status: 0, 1 (failed), 2 (misuse), 130, 143 (stopped).
 
     Args:
         arguments: What follows the program's name; that of the process by default.
@@ -73,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command is None:
             raise ValueError(f"unknown command '{name}'{_near(name, COMMANDS)}")
         command(**_parsed(name, command, given[1:]))
-    except KeyboardInterrupt:
-        return _failed(1, "stopped; what was finished is kept")
+    except KeyboardInterrupt as stopped:
+        return _failed(130, str(stopped) or "stopped; what was finished is kept")
+    except Stopped as stopped:
+        return _failed(143, str(stopped))
     except (ValueError, TypeError, ImportError, *_MISUSE) as error:
         return _failed(2, error)
     except Exception as error:  # a failure while running, or a mistake in the user's own classes
@@ -114,7 +117,8 @@ def _overview() -> str:
             *lines,
             "",
             "`pyro-vae COMMAND --help` lists a command's options. Exit status: 0, 1 (failed),",
-            "2 (misuse). PYRO_VAE_TRACEBACK=1 prints the full trace of an error.",
+            "2 (misuse), 130 and 143 (stopped by Ctrl-C, by SIGTERM). PYRO_VAE_TRACEBACK=1 prints",
+            "the full trace of an error.",
         ]
     )
 
@@ -136,7 +140,7 @@ def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[s
         allow_abbrev=False,
     )
     if command is commands.train:
-        given = _configs_first(given)
+        given = _configs_first([*_resumed(given), *given])
         _check_configs(given)
         _check_classes(given)
         parser.add_argument("--config", action="config", help="Repeat a run from its config.yaml.")
@@ -217,6 +221,20 @@ def _path(name: str, kind: str) -> str:
     return f"{found.__module__}.{found.__qualname__}"
 
 
+def _resumed(given: list[str]) -> list[str]:
+    """The configuration of the run that is to be gone on with, as an option."""
+    if not (runs := _values(given, "resume")):
+        return []
+    path = Path(runs[-1]) / "config.yaml"
+    if _values(given, "config"):
+        raise ValueError("--resume takes the configuration of its run; leave out --config")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"'{runs[-1]}' is no run to go on with: there is no file '{path.name}' in it"
+        )
+    return ["--config", str(path)]
+
+
 def _configs_first(given: list[str]) -> list[str]:
     """Put each ``--config FILE`` first, so that options count more wherever they stand."""
     first, rest, words = list[str](), list[str](), iter(given)
@@ -235,7 +253,12 @@ def _check_configs(given: list[str]) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"there is no configuration file '{path}'")
         try:
-            content = {**yaml.safe_load(path.read_text())}
+            text = path.read_text()
+            checkpoints.check_header(text, path)
+            content = {**yaml.safe_load(text)}
+            for key in ("out", "resume"):
+                if content.get(key) is not None:
+                    raise ValueError(f"it says where to write; take out '{key}' and give --{key}")
             if unknown := [str(key) for key in content if key not in entries]:
                 raise ValueError(f"it has an entry '{unknown[0]}'{_near(unknown[0], entries)}")
             parts = {kind: Part.of(content[kind]) for kind in KINDS if content.get(kind)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["data", "train"]
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -76,7 +77,10 @@ def train(
     mode: Mode | None = None,
     device: str | None = None,
     threads: int | None = None,
+    checkpoint: float = 5.0,
+    skip_nonfinite: int = 0,
     out: str | None = None,
+    resume: str | None = None,
 ) -> None:
     """Train a VAE and draw its pictures.
 
@@ -120,12 +124,20 @@ def train(
         device: cpu, cuda or cuda:N (default: a GPU where there is one).
         threads: Threads of the processor (default: 1 where a step is too small to be shared
             out, else as many as torch takes).
+        checkpoint: Minutes between checkpoints, from which --resume goes on.
+        skip_nonfinite: Greatest number of steps to leave out where the loss or a gradient is NaN
+            or infinite.
         out: Folder of the run (default: the first free of runs/DATA-1, runs/DATA-2, ...).
+        resume: Folder of a run that was stopped, to go on with bit for bit, as it was configured;
+            --epochs may be more.
     """
     settings: dict[str, Any] = dict(locals())
+    del settings["resume"]
     if data not in SOURCES and Path(data).exists():
         settings["data"] = str(Path(data).resolve())
     settings["data_dir"] = data_dir and str(Path(data_dir).expanduser().resolve())
+    if resume is not None:
+        epochs = settings["epochs"] = _same(Path(resume), settings)
     place = device_of(device)
     dataset = dataset_of(settings)
     blueprint = Blueprint(
@@ -151,11 +163,15 @@ def train(
     if output_bias:
         vae.likelihood.centre(dataset.train.mean())  # type: ignore[operator]
     vae.to(place)
-    run = Path(settings.pop("out") or _free(dataset.name))
+    run = Path(resume or settings["out"] or _free(dataset.name))
+    del settings["out"]
     settings["threads"] = _default_threads(vae, batch_size) if threads is None else threads
     if mode is None:  # one mode for one run, and for those that repeat it
         settings["mode"] = mode_for(epochs * math.ceil(len(dataset.train) / batch_size))
-    with _threads(settings["threads"]), _begun(run, settings, blueprint):
+    begun = _begun(run, settings, blueprint) if resume is None else contextlib.nullcontext()
+    with _threads(settings["threads"]), begun:
+        if not (run / "model.json").exists():  # stopped as soon as it had begun
+            checkpoints.describe(run, blueprint)
         print(f"{_summary(dataset)}, binarisation: {settings['binarisation']}")
         print(_described(vae, blueprint))
         aim = make(objective, "objective")
@@ -179,6 +195,9 @@ def train(
             seed=seed,
             mode=settings["mode"],
             run=run,
+            resume=resume is not None,
+            checkpoint=checkpoint,
+            skip_nonfinite=skip_nonfinite,
         )
     shown = (dataset.test if len(dataset.test) else dataset.train).to(place)
     finished = Run(str(run), device=device)
@@ -210,9 +229,14 @@ def data(name: str | None = None, *, data_dir: str | None = None, download: bool
 @contextlib.contextmanager
 def _begun(run: Path, settings: Mapping[str, Any], blueprint: Blueprint) -> Iterator[None]:
     """Make the folder of a run; take it back where the run is refused before its first step."""
-    config = _dumped(settings)
+    config = f"{checkpoints.HEADER}\n".encode() + _dumped(settings)
     created = [path for path in (run, *run.parents) if not path.exists()]
     checkpoints.create(run)
+    try:
+        # Anew or not at all, in case that another run takes the folder at the same time.
+        (run / "config.yaml").touch(exist_ok=False)
+    except FileExistsError as error:
+        raise FileExistsError(f"another run has just begun in '{run}'") from error
     try:
         checkpoints.write(run / "config.yaml", config)
         checkpoints.describe(run, blueprint)
@@ -224,6 +248,33 @@ def _begun(run: Path, settings: Mapping[str, Any], blueprint: Blueprint) -> Iter
             with contextlib.suppress(OSError):  # of a folder that another run uses meanwhile
                 for path in created:
                     path.rmdir()
+
+
+def _same(run: Path, settings: Mapping[str, Any]) -> int:
+    """Refuse to go on otherwise than a run began; return the epochs that it is to have."""
+    path = run / "config.yaml"
+    began = {**yaml.safe_load(path.read_text())}
+    now = yaml.safe_load(_dumped(settings))
+    free = {"epochs", "checkpoint", "skip_nonfinite", "data", "data_dir", "out"}
+    changed = list[str]()
+    for key, new in now.items():
+        # An option that the run's version did not know had its default.
+        old = began.get(key, inspect.signature(train).parameters[key].default)
+        if key not in free and new != old:
+            changed.append(f"another --{key.replace('_', '-')}: it was {old} and is {new}")
+    if changed:
+        raise ValueError(
+            f"'{run}' cannot go on with {', '.join(changed)}; train anew by --config {path} into "
+            f"another folder"
+        )
+    if settings["out"]:
+        raise ValueError(f"--resume goes on in '{run}'; leave out --out")
+    state = checkpoints.newest(run / "checkpoints")
+    if state is None or settings["epochs"] != began.get("epochs"):
+        return int(settings["epochs"])
+    return int(
+        state.get("epochs", settings["epochs"])
+    )  # which an earlier --resume may have extended
 
 
 def _optimizer(part: Part, lr: float, parameters: Iterable[Tensor]) -> Optimizer:

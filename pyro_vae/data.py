@@ -237,7 +237,7 @@ def _arrays(path: Path) -> dict[str, Split]:
     with path.open("rb") as file:
         try:
             loaded = np.load(file, allow_pickle=False)
-            arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else _members(loaded)
         except Exception as error:  # zipfile, zlib and tokenize let through their own
             objects = "Object arrays" in str(error)
             fault = "holds Python objects" if objects else "is damaged or no NumPy file"
@@ -267,6 +267,14 @@ def _arrays(path: Path) -> dict[str, Split]:
             f"train, validation and test, as by numpy.savez('x.npz', x=...)"
         )
     return {"train": _rows(arrays, key, "", path)}
+
+
+def _members(archive: Any) -> dict[str, Array]:
+    """The arrays of an archive by name, unless a name would be a path."""
+    for name in archive.files:
+        if set(name) & {"/", "\\"}:
+            raise ValueError(f"it has a member '{name}'")
+    return dict(archive)
 
 
 def _rows(arrays: dict[str, Array], key: str, prefix: str, path: Path) -> Split:

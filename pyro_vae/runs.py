@@ -155,7 +155,9 @@ class Run:
         if not path.is_file():
             raise FileNotFoundError(f"'{self.run}' has no config.yaml, which names its data")
         try:
-            yield {**yaml.safe_load(path.read_text())}
+            content = path.read_text()
+            checkpoints.check_header(content, path)
+            yield {**yaml.safe_load(content)}
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{path}' is damaged: {error!r}") from error
 

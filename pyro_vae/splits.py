@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -238,7 +239,8 @@ class Data:
         """Return the same data with one-hot labels as context, for a conditional VAE.
 
         Raises:
-            ValueError: There are no labels, or not in every split.
+            ValueError: There are no labels, or not in every split, or they are numbers far above
+                the count of data.
         """
         parts = zip(("train", "validation", "test"), self.splits, strict=True)
         bare = [key for key, part in parts if part.labels is None]
@@ -249,6 +251,11 @@ class Data:
             )
         labels = [part.labels for part in self.splits if part.labels is not None and len(part)]
         classes = 1 + max(int(part.max()) for part in labels)
+        if classes > max(1000, sum(map(len, self.splits))):
+            raise ValueError(
+                f"'{self.name}' has a label {classes - 1}, which would make {classes} classes for "
+                f"{sum(map(len, self.splits))} data; number the classes from 0"
+            )
 
         def condition(part: Split) -> Split:
             assert part.labels is not None
@@ -265,7 +272,7 @@ class Data:
         each cell was sequenced.
 
         Raises:
-            ValueError: A row whose total is not positive.
+            ValueError: A row whose total is not positive, or out of all proportion.
 
         Example:
             >>> counts = torch.tensor([[1, 1], [2, 4]])
@@ -287,6 +294,11 @@ class Data:
             (total / (there @ means))[:, None].float()
             for total, there in zip(totals, seen, strict=True)
         ]
+        if not all(((factor > 0) & factor.isfinite()).all() for factor in factors):
+            raise ValueError(
+                f"the totals of the rows of '{self.name}' lie too far apart for size factors; "
+                f"remove the rows that are out of scale"
+            )
         train, validation, test = (
             dataclasses.replace(part, context=(*part.context, factor))
             for part, factor in zip(self.splits, factors, strict=True)
@@ -333,7 +345,8 @@ def tensor(value: Any, name: str) -> Tensor:
     """Return a tensor, an array, a number or an image (as bytes, channel first) as a tensor.
 
     Raises:
-        ValueError: It holds no real numbers; `name` says what did.
+        ValueError: It holds no real numbers, or whole ones of 2^63 and more; `name` says what
+            did.
     """
     if isinstance(value, Tensor):
         return value
@@ -343,6 +356,9 @@ def tensor(value: Any, name: str) -> Tensor:
         raise ValueError(
             f"{name} holds values of type {dtype}, not real numbers; give integers or floats"
         )
+    long = dtype.kind == "u" and dtype.itemsize == 8 and array.size > 0
+    if long and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} holds whole numbers of 2^63 and more; give them as floats")
     if dtype.itemsize > 8 or (dtype.kind == "u" and dtype.itemsize > 1):
         dtype = np.dtype(np.float64 if dtype.kind == "f" else np.int64)
     # torch takes neither read-only nor reversed arrays, nor another machine's order of bytes
@@ -388,7 +404,7 @@ def divide(
     for fraction in (validation, test):
         if not 0 <= fraction < 1:
             raise ValueError(f"a split's fraction lies between 0 and 1, not at {fraction}")
-    if top is not None and not top > 0:
+    if top is not None and not 0 < top < math.inf:
         raise ValueError(f"`top`, the stored value that counts as 1, is positive, not {top}")
     parts = {key: _checked(part, name, missing) for key, part in parts.items()}
     kinds = {key: _kind(part) for key, part in parts.items()}
@@ -413,7 +429,13 @@ def divide(
             f"with a validation share of {validation} and a test share of {test}"
         )
     kept = train if len(order) == len(train) else train[order.sort().values]
-    return Data(kept, parts["validation"], parts["test"], name).viewed(view)
+    whole = Data(kept, parts["validation"], parts["test"], name)
+    if top is not None and not all(map(math.isfinite, whole.span)):
+        raise ValueError(
+            f"the values of '{name}' over a top of {top} are more than a float can be; give a "
+            f"larger one"
+        )
+    return whole.viewed(view)
 
 
 def _checked(part: Split, name: str, missing: bool) -> Split:
@@ -427,14 +449,15 @@ def _checked(part: Split, name: str, missing: bool) -> Split:
         raise ValueError(f"'{name}' holds complex numbers; give real ones")
     x = x.byte() if x.dtype == torch.bool else x.float() if x.is_floating_point() else x
     _check_values(x, name, missing=missing, may_miss=True)
+    for other in (*part.context, *(() if labels is None else (labels,))):
+        count = len(other) if other.dim() else "no rows"
+        if count != len(x):
+            raise ValueError(
+                f"'{name}' has {len(x)} rows of data and {count} of labels or context; give one "
+                f"for each datum"
+            )
     for values in part.context:
         _check_values(values, name, missing=False, may_miss=False)
-    for other in (*part.context, *(() if labels is None else (labels,))):
-        if len(other) != len(x):
-            raise ValueError(
-                f"'{name}' has {len(x)} rows of data and {len(other)} of labels or context; give "
-                f"one for each datum"
-            )
     if labels is not None:
         if labels.dim() != 1 or (labels != labels.long()).any() or (labels < 0).any():
             raise ValueError(

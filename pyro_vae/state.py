@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["append_state", "kind", "numbers", "reached", "restored", "unassigned"]
+__all__ = ["append_state", "kind", "numbers", "reached", "restored", "unassigned", "undrawn"]
 
 import contextlib
 import inspect
+import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -94,6 +96,17 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
             for each, value in zip(tensors, before, strict=True):
                 if not torch.equal(each, value):
                     each.copy_(value)
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Put the generators of Python and NumPy back: a run that is prepared again draws nothing."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
 
 
 @contextlib.contextmanager

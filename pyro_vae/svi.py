@@ -28,7 +28,15 @@ from pyro_vae.capture import Graph, NotCapturableError, capture
 from pyro_vae.optimizers import Share, stepper, update
 from pyro_vae.pairs import undisturbed
 from pyro_vae.scoring import validation
-from pyro_vae.state import append_state, kind, numbers, reached, restored, unassigned
+from pyro_vae.state import (
+    append_state,
+    kind,
+    numbers,
+    reached,
+    restored,
+    unassigned,
+    undrawn,
+)
 
 Program = Callable[..., Any]
 Run = Callable[[Sequence[Any]], Tensor]  # of the leaves of its arguments
@@ -167,7 +175,8 @@ class CompiledSVI:
         key = method, structure, self._state(leaves)
         run = self._runs.get(key)
         if run is None:
-            run = self._prepared(method, leaves, structure)
+            with undrawn():
+                run = self._prepared(method, leaves, structure)
             # Anew, since the first run of a program may make its parameters.
             self._runs[method, structure, self._state(leaves)] = run
             if len(self._runs) > _GRAPHS:

@@ -5,10 +5,8 @@ from __future__ import annotations
 __all__ = ["fit"]
 
 import contextlib
-import json
 import math
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -25,16 +23,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from pyro_vae import checkpoints
 from pyro_vae.evaluation import bound
+from pyro_vae.identity import settings
 from pyro_vae.objectives import BetaELBO
-from pyro_vae.optimizers import optimizer_of
+from pyro_vae.optimizers import optimizer_of, update
 from pyro_vae.pairs import check_objective, check_pair
+from pyro_vae.progress import Metrics, Progress, Standing
 from pyro_vae.scoring import validation
 from pyro_vae.splits import Data, Split
 from pyro_vae.svi import CompiledSVI, Mode, mode_for
 
-Metrics = dict[str, float]
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 
 
@@ -53,6 +51,9 @@ def fit(
     seed: int = 0,
     mode: Mode | None = None,
     run: str | Path | None = None,
+    resume: bool = False,
+    checkpoint: float = 5.0,
+    skip_nonfinite: int = 0,
     progress: bool = True,
 ) -> list[Metrics]:
     """Train a pair by stochastic variational inference, and return the metrics of each epoch.
@@ -68,7 +69,14 @@ def fit(
     it is below 1, minus the loss is no lower bound), ``learning_rate``,
     ``images_per_second`` and, in nats per datum on the validation split at weight 1,
     ``elbo`` with its halves ``reconstruction`` and ``kl`` and the ``standard_error`` of its
-    mean.
+    mean; where steps may be left out, ``skipped``, how many were.
+
+    A run with a folder can be stopped and gone on with: on one processor, under the same versions
+    and number of threads, its weights are bit for bit those of a run that never was. Give the
+    same arguments and ``resume``; more `epochs` are allowed, while the warm-up keeps its
+    length. SIGINT (Ctrl-C) and SIGTERM end the step that is under way and leave a checkpoint,
+    SIGKILL loses what came after the last one. What programs keep in attributes that are no
+    parameters or buffers, and generators of their own, are not kept.
 
     Args:
         pair: An `nn.Module` with methods ``model`` and ``guide``, such as a `VAE`.
@@ -85,13 +93,23 @@ def fit(
         seed: Seed of the order; z and the binarisation are drawn from torch's own generator.
         mode: How the programs run, as for `CompiledSVI`; by default what is soonest done with so
             many steps, which is eager for few hundreds and compiled from ten thousand on.
-        run: Folder to write metrics and weights to, which `pyro_vae.restore` reads.
+        run: Folder to write metrics, checkpoints and weights to, which `pyro_vae.restore` reads.
+        resume: Whether to go on with the run in that folder; where there is none, one begins.
+        checkpoint: Minutes between checkpoints. The newest two are kept.
+        skip_nonfinite: Greatest number of steps to leave out, in the whole run, since their loss
+            or a gradient is NaN or infinite: weights, buffers and optimiser stay as they were.
+            Every gradient is then looked at, which costs a tenth of a step.
         progress: Whether to show a bar.
 
     Raises:
-        TypeError: An argument of another kind.
-        ValueError: Settings or data that do not fit, found before the first step.
-        FileExistsError: The folder holds another run.
+        TypeError: An argument of another kind, or an optimiser or a schedule whose state is
+            neither tensors nor plain values, so that a run could not be resumed.
+        ValueError: Settings or data that do not fit, found before the first step; a run that
+            was begun otherwise, or whose checkpoints are damaged.
+        FileExistsError: The folder holds another run, or another process trains in it.
+        OSError: The folder cannot be written to. Earlier checkpoints stay.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was written.
+        SystemExit: SIGTERM, likewise, with exit status 143.
         FloatingPointError: The loss or a gradient is NaN or infinite. The weights are those
             before that step, or before that epoch where the step before it had spoiled them.
 
@@ -106,6 +124,7 @@ def fit(
     """
     _check_kinds(data, objective, optimizer)
     _check_settings(len(data.train), epochs, batch_size, warmup, clip, patience)
+    _check_care(run, resume, checkpoint, skip_nonfinite)
     if patience and not len(data.validation):
         raise ValueError("patience needs a validation split, whose bound it watches")
     parameters = [each for each in pair.parameters() if each.requires_grad]
@@ -124,56 +143,75 @@ def fit(
     annealed.weight = annealed.weight.to(device)
     optim = optimizer_of(optimizer, parameters)
     scheduler = schedule(optim) if schedule else None
-    budget = epochs * math.ceil(len(data.train) / batch_size)
-    svi = CompiledSVI(
-        pair.model,
-        pair.guide,
-        lambda _: optim,
-        _Stored(annealed if warmup else objective, data.train),
-        mode=mode or mode_for(budget),
-    )
-    step, rows, best = 0, list[Metrics](), _Best(pair, run)
-    with _bar(epochs * len(data.train), progress) as bar, _log(run) as log, best, _quiet():
-        for epoch in range(1, epochs + 1):
+    batches = math.ceil(len(data.train) / batch_size)
+    plain = {"batch_size": batch_size, "warmup": warmup, "clip": clip, "patience": patience}
+    state = Progress(
+        pair, optim, scheduler, objective, generator,
+        now=Standing(epochs, mode or mode_for(epochs * batches)),
+        settings=settings(
+            pair, data, objective, optim, scheduler, seed=seed, mode=mode, **plain
+        ),
+        epochs=epochs, run=run, resume=resume, interval=60 * checkpoint,
+    )  # fmt: skip
+    with state, _bar(epochs * len(data.train), progress) as bar, _quiet():
+        now = state.now
+        stored = _Stored(annealed if warmup else objective, data.train)
+        svi = CompiledSVI(pair.model, pair.guide, lambda _: optim, stored, mode=now.mode)
+        waits = device.type != "cpu" and not skip_nonfinite
+        watch = _Watch(parameters, list(pair.buffers()), waits=waits, keeps=skip_nonfinite > 0)
+        budget = now.planned * batches  # of which the warm-up is a part, however long it goes on
+        done = min(now.batch * batch_size, len(data.train))
+        bar.update((now.epoch - 1) * len(data.train) + done)
+        for epoch in range(now.epoch, epochs + 1):
+            calm = epoch - 1 - max(now.best_epoch, math.ceil(warmup * now.planned))
+            if patience and calm >= patience:
+                break
             pair.train()
-            weights, began = 0.0, time.perf_counter()
-            watch = _Watch(parameters, waits=device.type != "cpu")
-            for x, *context in data.train.stored(batch_size, generator, shuffle=True):
-                weight = min(step / (warmup * budget), 1.0) if warmup else 1.0
+            watch.begin()
+            for x, *context in state.batches(data, batch_size):
+                weight = min(now.step / (warmup * budget), 1.0) if warmup else 1.0
                 annealed.weight.fill_(weight)
                 loss = svi.loss_and_grads(x, *context)
-                norm = nn.utils.clip_grad_norm_(parameters, clip) if clip < math.inf else None
-                if not watch.passes(loss, norm):
+                norm = _norm(parameters) if clip < math.inf or skip_nonfinite else None
+                now.mode = svi.mode
+                now.count(weight * len(x))
+                if watch.passes(loss, norm):
+                    _clip(parameters, clip, norm)
+                    update(optim)
+                    now.loss, now.seen = now.loss + loss, now.seen + len(x)
+                elif now.skips < skip_nonfinite:
+                    now.skipped += 1
+                    watch.undo()
+                else:
                     batch = data.train.scored(x), *context
-                    raise watch.failed(_diagnosis(pair, batch, epoch, step + 1))
-                optim.step()
-                step, weights = step + 1, weights + weight * len(x)
+                    raise watch.failed(_diagnosis(pair, batch, now, exact=True))
                 bar.update(len(x))
-            if not watch.passed():
-                raise watch.failed(_diagnosis(pair, data.train[:batch_size].batch(), epoch))
+                if state.due:
+                    watch.check(lambda: _diagnosis(pair, data.train[:batch_size].batch(), now))
+                    state.pause()
+            watch.check(lambda: _diagnosis(pair, data.train[:batch_size].batch(), now))
             row: Metrics = {
                 "epoch": epoch,
                 "samples": epoch * len(data.train),
-                "loss": float(watch.total) / len(data.train),
-                "weight": weights / len(data.train),
-                "learning_rate": optim.param_groups[0]["lr"],
-                "images_per_second": len(data.train) / (time.perf_counter() - began),
+                "loss": float(now.loss) / now.seen if now.seen else math.nan,
+                "weight": now.weight / len(data.train),
+                "learning_rate": float(optim.param_groups[0]["lr"]),
+                "images_per_second": len(data.train) / state.seconds,
             }
+            if skip_nonfinite:
+                row["skipped"] = now.skipped
             if len(data.validation):
                 pair.eval()
                 row |= bound(pair, _fixed(data.validation)).summary()
-            rows.append(row)
-            log(row)
+            state.close(row)
+            state.offer(row)
             bar.set_postfix(
                 {key: f"{row[key]:.2f}" for key in ("loss", "elbo") if key in row}, refresh=False
             )
-            best.offer(row)
             if scheduler:
                 scheduler.step()
-            if patience and epoch - max(best.epoch, math.ceil(warmup * epochs)) >= patience:
-                break
     pair.eval()
-    return rows
+    return now.rows
 
 
 class _Stored(ELBO):
@@ -195,74 +233,95 @@ class _Stored(ELBO):
 
 
 class _Watch:
-    """The losses of an epoch, and whether they and the gradients were finite.
+    """Whether losses and gradients are finite, and what is put back where they are not.
 
     The norm of gradients takes a tenth of a step, so that where none is asked for, a gradient
     that is no number shows in the next loss, or in the parameters when the epoch is over. A device
     that works behind the program's back is not asked before that either.
+
+    Args:
+        parameters: What is trained.
+        buffers: What else a step changes.
+        waits: Whether to ask only at a `check`.
+        keeps: Whether to `undo` is asked for.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, waits: bool) -> None:
-        self.parameters, self.waits = parameters, waits
-        self.before = [each.detach().clone() for each in parameters]
-        self.total: Any = 0.0
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        *,
+        waits: bool,
+        keeps: bool = False,
+    ) -> None:
+        self.parameters, self.buffers, self.waits, self.keeps = parameters, buffers, waits, keeps
+        self.kept = [each.clone() for each in buffers]
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin an epoch, to whose parameters to go back."""
+        self.before = [each.detach().clone() for each in (*self.parameters, *self.buffers)]
         self.finite: Any = True
 
     def passes(self, loss: Tensor, norm: Tensor | None) -> bool:
-        """Add a loss; whether to go on."""
-        self.total = self.total + loss
+        """Whether to take the step."""
         finite = loss.isfinite() if norm is None else loss.isfinite() & norm.isfinite()
-        if not self.waits:
-            return bool(finite)
-        self.finite = finite & self.finite
-        return True
+        if self.waits:
+            self.finite = finite & self.finite
+            return True
+        passed = bool(finite)
+        if passed and self.keeps:
+            _put(self.buffers, self.kept)
+        return passed
 
-    def passed(self) -> bool:
-        """Whether all was finite."""
-        return bool(self.finite) and self._sound()
+    def undo(self) -> None:
+        """Put back what the loss of a step that is left out has changed."""
+        _put(self.kept, self.buffers)
+
+    def check(self, diagnosis: Callable[[], str]) -> None:
+        """Raise the diagnosis unless all was finite."""
+        if not (bool(self.finite) and self._sound()):
+            raise self.failed(diagnosis())
 
     def failed(self, reason: str) -> FloatingPointError:
-        """Put parameters that are no numbers back where they were, and return the error."""
+        """Put back what is no number where it was, and return the error."""
+        count = len(self.parameters)
+        if self.keeps:
+            self.undo()
         if not self._sound():
-            with torch.no_grad():
-                for each, value in zip(self.parameters, self.before, strict=True):
-                    each.copy_(value)
+            _put(self.before[:count], self.parameters)
+        for value, each in zip(self.before[count:], self.buffers, strict=True):
+            if not each.isfinite().all() and value.isfinite().all():
+                _put([value], [each])
         return FloatingPointError(reason)
 
     def _sound(self) -> bool:
         return all(bool(each.isfinite().all()) for each in self.parameters)
 
 
-class _Best:
-    """The weights of the best epoch so far; puts them back when training ends well."""
+@torch.no_grad()
+def _put(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for value, target in zip(values, targets, strict=True):
+        target.copy_(value)
 
-    def __init__(self, pair: nn.Module, run: str | Path | None) -> None:
-        self.pair, self.run = pair, Path(run) if run else None
-        self.elbo, self.epoch = -math.inf, 0
-        self.weights: dict[str, Tensor] = {}
 
-    def offer(self, row: Metrics) -> None:
-        """Keep the pair's weights where the row has a better bound than any before."""
-        elbo = row.get("elbo", math.inf)
-        if math.isnan(elbo):
-            raise FloatingPointError(
-                f"the bound on the validation data is NaN in epoch {row['epoch']:.0f}; a smaller "
-                f"learning rate or clipping usually helps"
-            )
-        if not self.weights or elbo > self.elbo or elbo == math.inf:
-            self.elbo, self.epoch = elbo, int(row["epoch"])
-            self.weights = {key: value.clone() for key, value in self.pair.state_dict().items()}
-            if self.run:
-                checkpoints.save(self.pair, self.run / "best.safetensors")
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [each.grad for each in parameters if each.grad is not None]
 
-    def __enter__(self) -> _Best:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.run:
-            checkpoints.save(self.pair, self.run / "last.safetensors")
-        if kind is None:
-            self.pair.load_state_dict(self.weights)
+def _norm(parameters: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together."""
+    norms = torch._foreach_norm(_gradients(parameters))
+    return torch.linalg.vector_norm(torch.stack([each.to(norms[0]) for each in norms]))
+
+
+def _clip(parameters: Sequence[Tensor], clip: float, norm: Tensor | None) -> None:
+    """Scale gradients down to the norm `clip`, after their own norm has been seen."""
+    if norm is not None and clip < math.inf:
+        # By torch.nn.utils.clip_grad_norm_ one that is NaN would have spoiled all of them.
+        scale = (clip / (norm + 1e-6)).clamp(max=1.0)
+        for each in _gradients(parameters):
+            each.mul_(scale.to(each))
 
 
 def _check_kinds(data: Any, objective: Any, optimizer: Any) -> None:
@@ -297,29 +356,42 @@ def _check_settings(
         raise ValueError(f"patience is at least 1 epoch, not {patience}")
 
 
+def _check_care(run: Any, resume: bool, checkpoint: float, skip_nonfinite: int) -> None:
+    if resume and run is None:
+        raise ValueError("there is no run to resume; give its folder as `run`")
+    if not checkpoint >= 0:
+        raise ValueError(f"the minutes between checkpoints are 0 or more, not {checkpoint}")
+    if skip_nonfinite < 0:
+        raise ValueError(f"the steps that may be left out are 0 or more, not {skip_nonfinite}")
+
+
 def _fixed(part: Split) -> Iterator[tuple[Tensor, ...]]:
     """Batches for evaluation: in order, and binarised alike each time."""
     return part.batches(8192, torch.Generator(part.x.device).manual_seed(0))
 
 
-def _diagnosis(pair: Any, batch: tuple[Tensor, ...], epoch: int, step: int | None = None) -> str:
+def _diagnosis(pair: Any, batch: tuple[Tensor, ...], now: Standing, *, exact: bool = False) -> str:
     """One sentence on where a non-finite loss or gradient comes from."""
     with torch.no_grad():
         guide = poutine.trace(pair.guide).get_trace(*batch)
         model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
-    culprit = "the objective"
-    for name, parameter in reversed(list(pair.named_parameters())):
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            culprit = f"the gradient of '{name}'"
-    for program, trace in (("model", model), ("guide", guide)):
+    culprits = list[str]()
+    for program, trace in (("guide", guide), ("model", model)):
         trace.compute_log_prob()
         for name, site in trace.nodes.items():
             if site["type"] == "sample" and not site["log_prob"].isfinite().all():
-                culprit = f"the log-density of site '{name}' in the {program}"
-    place = f"epoch {epoch}" if step is None else f"epoch {epoch}, step {step}"
+                culprits = [f"the log-density of site '{name}' in the {program}"]
+    for name, parameter in pair.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            culprits.append(f"the gradient of '{name}'")
+            break
+    place = f"epoch {now.epoch}, step {now.step}" if exact else f"epoch {now.epoch}"
+    many = f", after {now.skips} that were left out" if now.skips else ""
     return (
-        f"the loss or a gradient is NaN or infinite in {place}, first in {culprit}; a smaller "
-        f"learning rate, clipping, warm-up or a larger floor of the scales usually helps"
+        f"the loss or a gradient is NaN or infinite in {place}{many}, first in "
+        f"{' and in '.join(culprits) or 'the objective'}; a smaller learning rate, clipping, "
+        f"warm-up or a larger floor of the scales usually helps"
+        f"{'' if many else ', and skip_nonfinite leaves out single steps'}"
     )
 
 
@@ -331,37 +403,6 @@ def _bar(total: int, shown: bool) -> Iterator[tqdm[Any]]:
         total=total, unit="img", unit_scale=True, mininterval=pace, disable=not shown, leave=True
     ) as bar:
         yield bar
-
-
-@contextlib.contextmanager
-def _log(run: str | Path | None) -> Iterator[Callable[[Metrics], None]]:
-    """Write rows to ``metrics.jsonl`` and, where it is installed, to TensorBoard."""
-    if run is None:
-        yield lambda row: None
-        return
-    Path(run).mkdir(parents=True, exist_ok=True)
-    if (Path(run) / "metrics.jsonl").exists():
-        raise FileExistsError(f"'{run}' holds another run; choose another folder")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        board = None
-    else:
-        board = SummaryWriter(str(run))
-    with (Path(run) / "metrics.jsonl").open("x") as file:
-
-        def log(row: Metrics) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            if board:
-                for key, value in row.items():
-                    board.add_scalar(key, value, int(row["epoch"]))
-
-        try:
-            yield log
-        finally:
-            if board:
-                board.close()
 
 
 @contextlib.contextmanager

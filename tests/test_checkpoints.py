@@ -1,10 +1,14 @@
 """Run folders: what is saved comes back, what is damaged or foreign is refused."""
 
+import hashlib
 import json
 import os
+import pickle
 import struct
+import tracemalloc
 
 import pytest
+import safetensors.torch
 import torch
 
 from pyro_vae import checkpoints, load, restore
@@ -111,6 +115,120 @@ def test_damaged_weights_are_refused(damage, run):
         load(run)
 
 
+class Marker:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_no_pickle_is_opened(run, tmp_path):
+    raw = pickle.dumps(Marker(tmp_path / "mark"))
+    (run / "best.safetensors").write_bytes(raw)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "000000001.safetensors").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"best\.safetensors' is damaged"):
+        load(run)
+    with pytest.raises(ValueError, match=r"1\.safetensors' is damaged: .* no other checkpoint"):
+        checkpoints.newest(run / "checkpoints")
+    assert not (tmp_path / "mark").exists()
+    pickle.loads(raw)  # as a reader who trusts the file would have it
+    assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("size", [2**63, 2**40, 10**9, 10**6])
+def test_a_header_of_absurd_size_takes_no_memory(size, run):
+    whole = checkpoints.encode({"format": 1, "weights": torch.ones(3)})
+    checkpoints.write(run / "checkpoint", struct.pack("<Q", size) + whole[8:])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="checksum differs"):
+            checkpoints.decode((run / "checkpoint").read_bytes())
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def sealed(content, tensors=()):
+    """A file with any JSON as content, and a checksum that is right."""
+    raw = bytearray(
+        safetensors.torch.save(
+            dict(tensors), {"content": content, "format": f"1, sha256 {'0' * 64}"}
+        )
+    )
+    start = raw.index(b"sha256 000") + len("sha256 ")
+    raw[start : start + 64] = hashlib.sha256(raw).hexdigest().encode()
+    return bytes(raw)
+
+
+ONES = {"x": torch.ones(2, 3)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "3",
+        "{}",
+        '{"format": "1"}',
+        '{"format": true}',
+        '{"format": 1, "x": {"$tensor": "y", "$strides": null}}',
+        '{"format": 1, "x": {"$tensor": "x"}}',
+        '{"format": 1, "x": {"$tensor": "x", "$strides": [100000000, 1]}}',
+        '{"format": 1, "x": {"$tensor": "x", "$strides": [-3, 1]}}',
+        '{"format": 1, "x": {"$tensor": "x", "$strides": [0, 0]}}',
+        '{"format": 1, "x": {"$tensor": "x", "$strides": [1]}}',
+        '{"format": 1, "x": {"$dict": [1]}}',
+        '{"format": 1, "x": {"$dict": [[{}, 1]]}}',
+        '{"format": 1, "x": {"$tuple": 1}}',
+        '{"format": 1, "x": ' + "[" * 10**5,
+    ],
+)
+def test_a_checkpoint_that_was_made_to_mislead_is_refused(content):
+    with pytest.raises(ValueError, match=r"holds no state of a run|has format"):
+        checkpoints.decode(sealed(content, ONES))
+
+
+@pytest.mark.parametrize("place", [20, 300, -1, -500])
+def test_a_changed_byte_of_weights_is_noticed(place, run):
+    path = run / "best.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"best\.safetensors' is damaged: its checksum differs"):
+        load(run)
+
+
+def test_weights_of_a_later_format_say_to_upgrade(run):
+    weights = load(run).state_dict()
+    raw = safetensors.torch.save(weights, {"format": "2"})
+    (run / "best.safetensors").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"best\.safetensors' has format 2 .* upgrade pyro_vae"):
+        load(run)
+    for metadata in ({"format": "pt"}, None):  # as other tools write them
+        (run / "best.safetensors").write_bytes(safetensors.torch.save(weights, metadata))
+        opened = load(run).state_dict()
+        assert all(torch.equal(opened[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("weights", ["../run/best", "/tmp/best", "a/b", ""])
+def test_weights_are_those_of_the_runs_folder(weights, run):
+    with pytest.raises(ValueError, match="weights are a name in the run's folder"):
+        load(run, weights=weights)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    for step in (3, 20, 100):
+        checkpoints.keep(tmp_path, step, {"step": step})
+        assert checkpoints.newest(tmp_path)["step"] == step
+    assert len(list(tmp_path.iterdir())) == 2
+    assert checkpoints.newest(tmp_path / "nowhere") is None
+
+
 @pytest.mark.parametrize("other", [{"latent": 3}, {"hidden": (16, 16)}, {"channels": (4,)}])
 def test_weights_of_another_model_are_refused(other, run):
     checkpoints.save(Blueprint(**{**SMALL, **other}).build(), run / "best.safetensors")
@@ -147,7 +265,9 @@ def test_a_damaged_description_is_refused(content, run):
 
 def test_a_description_of_a_later_format_is_refused(run):
     (run / "model.json").write_text(json.dumps({"format": 2, "parts": ["of", "the", "future"]}))
-    with pytest.raises(ValueError, match="has format 2 and this version reads format 1"):
+    with pytest.raises(
+        ValueError, match="has format 2 and this version reads formats up to 1; upgrade"
+    ):
         load(run)
 
 

@@ -7,8 +7,10 @@ import inspect
 import io
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -25,6 +27,7 @@ from torch.nn.functional import one_hot
 from pyro_vae import bound, checkpoints, commands, data, fit, load, objectives, plots, runs
 from pyro_vae.cli import COMMANDS, main
 from pyro_vae.parts import Blueprint, Part
+from pyro_vae.progress import Standing
 
 QUICK = "train --epochs 1 --hidden 32 --latent 2"
 PICTURES = ["curves.png", "samples.png", "reconstructions.png", "strip.png"]
@@ -51,6 +54,16 @@ class Spoiling(MyPrior):
         self.width = math.nan if self.training and self.calls > 25 else 1.0
         self.calls += self.training
         return super().forward(*context)
+
+    calls = 0
+
+
+class Stumbling(MyPrior):
+    def forward(self, *context):
+        grad = self.training and torch.is_grad_enabled()
+        self.calls += grad
+        width = math.nan if grad and self.calls in (15, 25) else 1.0
+        return dist.Normal(torch.zeros(self.latent), torch.tensor(width)).to_event(1)
 
     calls = 0
 
@@ -821,6 +834,10 @@ MISUSE = {
     "train --config no.yaml": "there is no configuration file 'no.yaml'",
     "train --config {run}/model.json": "is no configuration of a run: it has an entry 'format'",
     "train --config {run}/best.safetensors": "is no configuration of a run",
+    "train --resume nowhere": "'nowhere' is no run to go on with: there is no file 'config.yaml'",
+    "train --resume": "--resume needs a value",
+    "train --checkpoint -1": "the minutes between checkpoints are 0 or more, not -1",
+    "train --skip-nonfinite -1": "the steps that may be left out are 0 or more, not -1",
     "evaluate": "'evaluate' needs RUN: the folder of a run, written by train",
     "evaluate nowhere": "'nowhere' is no run: there is no file 'model.json' in it",
     "evaluate {run} --wieghts last": "did you mean '--weights'?",
@@ -895,7 +912,7 @@ def test_a_run_without_a_test_split_says_so(here, capsys):
 
 def test_an_interrupt_keeps_metrics_and_weights(my_file, here, capsys):
     line = f"{QUICK} --epochs 5 --optimizer my_file.Stopping --lr 1e-4 --out run"
-    assert refusal(1, line, capsys) == "pyro-vae: stopped; what was finished is kept"
+    assert refusal(130, line, capsys) == "pyro-vae: stopped; what was finished is kept"
     assert [row["epoch"] for row in metrics(here / "run")] == [1]
     assert weights(here / "run", "last") != weights(here / "run", "best")
     assert {path.name for path in (here / "run").glob("*.*")} >= set(FILES)
@@ -919,7 +936,7 @@ def test_a_loss_that_is_nan_stops_with_the_last_good_weights(
 
 def test_a_full_disk_is_one_sentence(here, monkeypatch, capsys):
     def write(path, content):
-        if path.suffix == ".safetensors":
+        if path.name == "best.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
         path.write_bytes(content)
 
@@ -935,6 +952,141 @@ def test_the_trace_of_an_error_is_printed_where_it_is_asked_for(monkeypatch, cap
     errors = capsys.readouterr().err
     assert errors.startswith("Traceback (most recent call last)")
     assert errors.splitlines()[-1].startswith("pyro-vae: 'nowhere' is no run")
+
+
+# Runs that are stopped
+
+
+LONG = f"{QUICK} --epochs 4"
+
+
+def stopped(line, step, monkeypatch, capsys, number=signal.SIGTERM):
+    """The sentence of a run that gets a signal in a step."""
+    count = Standing.count
+
+    def counting(self, weight):
+        count(self, weight)
+        if self.step == step:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as context:
+        context.setattr(Standing, "count", counting)
+        return refusal(128 + number, line, capsys)
+
+
+def timeless(folder):
+    return [{**row, "images_per_second": None} for row in metrics(folder)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "options", ["", "--conditional --mode captured --optimizer SGD --lr 1e-4"]
+)
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(options, number, here, monkeypatch, capsys):
+    said = stopped(f"{LONG} {options} --out run", 30, monkeypatch, capsys, number)
+    assert "stopped after step 30; go on by `pyro-vae train --resume run`" in said
+    assert len(metrics(here / "run")) == 2
+    before = (here / "run" / "config.yaml").read_bytes()
+    assert call("train --resume run") == 0
+    assert call(f"{LONG} {options} --out whole") == 0
+    assert timeless(here / "run") == timeless(here / "whole")
+    for name in ("best", "last"):
+        assert weights(here / "run", name) == weights(here / "whole", name)
+    assert (here / "run" / "config.yaml").read_bytes() == before
+    assert all(readable(here / "run" / name) for name in PICTURES)
+
+
+def test_more_epochs_are_remembered_by_the_checkpoint(here, monkeypatch, capsys):
+    assert call(f"{LONG} --out run") == 0
+    stopped("train --resume run --epochs 6", 60, monkeypatch, capsys)
+    assert call("train --resume run") == 0
+    assert [row["epoch"] for row in metrics(here / "run")] == [1, 2, 3, 4, 5, 6]
+    assert "has 6 epochs, more than 5" in refusal(2, "train --resume run --epochs 5", capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--lr 0.1", "cannot go on with another --lr: it was 0.001 and is 0.1; train anew by"),
+        (
+            "--latent 3 --clip 1",
+            "another --latent: it was 2 and is 3, another --clip: it was None and is 1.0; train",
+        ),
+        ("--prior.learned true", "cannot go on with another --prior: it was {'class_path'"),
+        ("--device cpu", "cannot go on with another --device: it was None and is cpu"),
+        ("--threads 2", "cannot go on with another --threads: it was 1 and is 2"),
+        ("--data-dir . --seed 1", "cannot go on with another --seed: it was 0 and is 1"),
+        ("--out other", "--resume goes on in 'run'; leave out --out"),
+        ("--config run/config.yaml", "takes the configuration of its run; leave out --config"),
+        ("--data other.npy", "'run' cannot go on with other data"),
+    ],
+)
+def test_a_resume_that_would_be_another_run_is_refused(options, words, here, monkeypatch, capsys):
+    stopped(f"{LONG} --out run", 3, monkeypatch, capsys)
+    np.save("other.npy", np.zeros((1797, 8, 8), np.float32))
+    before = contents(here)
+    assert words in refusal(2, f"train --resume run {options}", capsys)
+    assert contents(here) == before
+
+
+def test_a_run_of_earlier_versions_is_evaluated_and_not_gone_on_with(run, here, capsys):
+    shutil.copytree(run, here / "old")
+    shutil.rmtree(here / "old" / "checkpoints")
+    header, _, config = (here / "old" / "config.yaml").read_text().partition("\n")
+    assert header == "# A run of pyro_vae, format 1"
+    settings = yaml.safe_load(config)
+    for key in ("checkpoint", "skip_nonfinite"):
+        del settings[key]
+    (here / "old" / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert call("evaluate old --samples 0") == 0
+    assert "has no checkpoint to go on from; train anew" in refusal(
+        2, "train --resume old", capsys
+    )
+    assert call("train --config old/config.yaml --out new") == 0
+    assert weights(here / "new") == weights(run)
+
+
+def test_files_of_a_later_version_say_to_upgrade(run, here, capsys):
+    shutil.copytree(run, here / "run")
+    path = here / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("format 1", "format 2", 1))
+    for line in ("evaluate run", "train --config run/config.yaml --out new", "train --resume run"):
+        said = refusal(2, line, capsys)
+        assert "has format 2 and this version reads formats up to 1; upgrade pyro_vae" in said
+
+
+def test_a_run_that_was_stopped_before_its_first_step_begins(run, here):
+    (here / "run").mkdir()
+    shutil.copy(run / "config.yaml", here / "run")
+    assert call("train --resume run") == 0
+    assert weights(here / "run") == weights(run)
+    assert call("evaluate run --samples 0") == 0
+
+
+def test_a_resumed_run_imports_nothing_that_is_not_allowed(my_file, here, monkeypatch, capsys):
+    stopped(f"{LONG} --prior my_file.MyPrior --out run", 3, monkeypatch, capsys)
+    assert "--allow my_file" in refusal(2, "train --resume run", capsys)
+    assert call("train --resume run --allow my_file") == 0
+
+
+@pytest.mark.parametrize("entry", ["out: ../elsewhere", "resume: run", "out: /tmp/elsewhere"])
+def test_a_configuration_does_not_say_where_to_write(entry, here, capsys):
+    (here / "config.yaml").write_text(f"epochs: 1\n{entry}\n")
+    assert "it says where to write; take out" in refusal(2, "train --config config.yaml", capsys)
+    assert [path.name for path in here.iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_that_two_runs_take_at_once_is_one_runs(here, monkeypatch, capsys):
+    (here / "run").mkdir()
+    monkeypatch.setattr(checkpoints, "create", lambda run: (run / "config.yaml").write_text("x"))
+    assert "another run has just begun in 'run'" in refusal(2, f"{QUICK} --out run", capsys)
+    assert (here / "run" / "config.yaml").read_text() == "x"
+
+
+def test_steps_that_are_left_out_are_counted(my_file, here):
+    line = f"{QUICK} --epochs 2 --prior my_file.Stumbling --mode eager --skip-nonfinite 3"
+    assert call(f"{line} --out run") == 0
+    assert sum(row["skipped"] for row in metrics(here / "run")) == 2
 
 
 # Help

@@ -142,6 +142,15 @@ def test_signal_and_noise_are_measured(tmp_path):
     assert rows
 
 
+def test_killed_runs_are_the_run_that_was_not(tmp_path):
+    options = ["--kills", "2", "--epochs", "20", "--mode", "eager", "--out", str(tmp_path)]
+    output = run("benchmarks/kill.py", tmp_path, *options)
+    assert output.splitlines()[-1].startswith("2 of 2 equal, 1 of them killed while")
+    results = json.loads((tmp_path / "kill.json").read_text())
+    assert results["steps"] == 20 * 12
+    assert all(0 < row["step"] < 240 for row in results["kills"])
+
+
 @pytest.fixture
 def benchmarks(monkeypatch):
     """The folder of the benchmarks as a place to import from."""

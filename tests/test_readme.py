@@ -118,3 +118,15 @@ def test_the_table_of_estimators_is_that_of_the_results():
         assert line in page
     for rate in results["speed"]["draws_per_second"].values():
         assert f" {rate:,.0f} |" in page
+
+
+def test_what_is_said_of_kills_is_in_the_results():
+    folder = ROOT / "examples" / "benchmarks"
+    results = json.loads((folder / "results" / "kill.json").read_text())
+    kills = results["kills"]
+    assert all(row["equal"] for row in kills)
+    assert (
+        f"{results['equal']} of {len(kills)} have the last" in (folder / "README.md").read_text()
+    )
+    assert f"[{results['equal']} of {len(kills)} kills]" in (ROOT / "README.md").read_text()
+    assert sum(row["writing"] for row in kills) == 10

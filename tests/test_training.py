@@ -21,6 +21,10 @@ from pyro_vae.training import _Watch
 quiet = partial(fit, progress=False, batch_size=30)
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def normal_data(rows=40, validation=0.25):
     return data.split(torch.randn(rows, 4), validation=validation, test=0)
 
@@ -205,7 +209,7 @@ class Poisoned(nn.Module):
 def test_a_gradient_that_is_nan_spoils_nothing(waits, clip, monkeypatch):
     """On a device that waits, and on one that is asked once an epoch."""
     init = _Watch.__init__
-    monkeypatch.setattr(_Watch, "__init__", lambda self, p, **_: init(self, p, waits=waits))
+    monkeypatch.setattr(_Watch, "__init__", lambda self, *p, **_: init(self, *p, waits=waits))
     vae = linear_vae(4, 2)
     vae.likelihood.network.hidden = Poisoned(after=12)
     with pytest.raises(FloatingPointError, match="the loss or a gradient is NaN"):
@@ -288,10 +292,10 @@ def test_arguments_of_another_kind_are_named(options, message):
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     quiet(linear_vae(4, 2), normal_data(), epochs=1, run=tmp_path / "new" / "run")
-    kept = {path.name: path.read_bytes() for path in (tmp_path / "new" / "run").iterdir()}
+    kept = contents(tmp_path / "new" / "run")
     with pytest.raises(FileExistsError, match="holds another run"):
         quiet(linear_vae(4, 2), normal_data(), epochs=1, run=tmp_path / "new" / "run")
-    assert kept == {path.name: path.read_bytes() for path in (tmp_path / "new" / "run").iterdir()}
+    assert kept == contents(tmp_path / "new" / "run")
 
 
 def test_a_bound_that_is_nan_on_validation_data_stops():
