@@ -94,6 +94,8 @@ def _bare(optimizer: Optimizer) -> bool:
     """Whether the next step is the fused kernel of Adam and nothing else."""
     if type(optimizer) not in (Adam, AdamW) or _hooks(optimizer):
         return False
+    if "step" in vars(optimizer) and not getattr(optimizer, "_opt_called", False):
+        return False  # its schedule wants to see one step
     for group in optimizer.param_groups:
         if not group["fused"] or group["amsgrad"]:
             return False
