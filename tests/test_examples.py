@@ -276,9 +276,9 @@ def test_figure_2_has_both_methods_in_the_axes_of_the_paper(tmp_path):
     assert all({*header, "seed", "binarisation"} <= row.keys() for row in rows)
     curves = curves_of(rows)
     assert set(curves) == {(m, s) for m in ("AEVB", "wake-sleep") for s in ("train", "test")}
-    for values in curves.values():  # 14 passes over 1,617 digits, which begin as coins
-        assert -64 * math.log(2) < values[-1] < -10
-        assert values[-1] > values[0] + 2
+    for values in curves.values():  # 12 passes over 1,617 digits, which begin as coins
+        assert -0.6 * 64 * math.log(2) < values[-1] < -10
+        assert values[-1] > values[0]
     # As in the paper; half a nat is several standard errors of 180 test images' differences.
     assert curves["AEVB", "test"][-1] > curves["wake-sleep", "test"][-1] - 0.5
     assert (tmp_path / "figure2_MNIST.png").read_bytes().startswith(b"\x89PNG")
@@ -287,7 +287,7 @@ def test_figure_2_has_both_methods_in_the_axes_of_the_paper(tmp_path):
 
 def test_a_larger_budget_runs_a_curve_anew_and_a_smaller_one_does_not(tmp_path):
     options = ["--data", "FreyFace", "--latents", "2", "--methods", "AEVB"]
-    for budget, last in ((2000, 2000), (4000, 4000), (3000, 4000)):
+    for budget, last in ((1000, 1000), (2000, 2000), (1500, 2000)):
         run(
             "paper/figure2_lower_bound.py", tmp_path, "--small", "--out", str(tmp_path),
             "--samples", str(budget), *options,
@@ -310,11 +310,12 @@ def test_figure_3_learns_by_monte_carlo_em_and_agrees_with_quadrature(tmp_path):
 
 
 def test_figures_4_and_5_are_drawn_from_weights_that_are_kept(tmp_path):
-    run("paper/figure5_samples.py", tmp_path, "--small", "--out", str(tmp_path))
+    options = ["--small", "--samples", "1000", "--out", str(tmp_path)]
+    run("paper/figure5_samples.py", tmp_path, *options)
     kept = sorted((tmp_path / "weights").iterdir())
     times = [each.stat().st_mtime_ns for each in kept]
     assert len(kept) == len(list(tmp_path.glob("figure5_*.png"))) == 4
-    run("paper/figure4_manifold.py", tmp_path, "--small", "--out", str(tmp_path))
+    run("paper/figure4_manifold.py", tmp_path, *options)
     assert len(list(tmp_path.glob("figure4_*.png"))) == 2
     assert [each.stat().st_mtime_ns for each in kept] == times  # the one with 2 latents, too
 
@@ -323,7 +324,7 @@ def test_appendix_f_pays_for_the_weights(tmp_path):
     curves = curves_of(rows_of("appendix_f_full_vb", tmp_path)[0])
     local, whole = (curves["weights inferred", s] for s in ("train", "train, with weights"))
     assert all(one > other for one, other in zip(local, whole, strict=True))
-    assert local[-1] > local[0] + 2
+    assert local[-1] > local[0] + 1
     assert whole[-1] > whole[0] + 2
 
 

@@ -34,9 +34,9 @@ METHODS = ["point estimate", "weights inferred"]
 class Inferred(nn.Module):
     """``w ~ p(w)``, and of each datum ``z ~ p(z), x ~ p(x|z,w)``, with Gaussian q(w) q(z|x)."""
 
-    def __init__(self, shape, rows):
+    def __init__(self, shape, rows, scale):
         super().__init__()
-        vae = protocol.build("static", shape, LATENT, HIDDEN)
+        vae = protocol.build("static", shape, LATENT, HIDDEN, scale)
         self.rows, self.posterior = rows, vae.posterior
         self.network = vae.likelihood.network.requires_grad_(False)  # w stands in for its weights
         named = dict(self.network.named_parameters())
@@ -120,11 +120,12 @@ def values(pair, splits):
 def curve(method, splits, options, about):
     """The rows of one curve."""
     pyro.set_rng_seed(options.seed)
+    rows, shape = len(splits["train"]), splits["train"].x.shape[1:]
     if method == "point estimate":  # with the prior's share of a minibatch, as in Figure 2
-        pair = protocol.build("static", splits["train"].x.shape[1:], LATENT, HIDDEN)
-        adam = {"weight_decay": protocol.BATCH / len(splits["train"])}
+        pair = protocol.build("static", shape, LATENT, HIDDEN, options.initial_scale)
+        adam = {"weight_decay": protocol.BATCH / rows}
     else:
-        pair, adam = Inferred(splits["train"].x.shape[1:], len(splits["train"])), {}
+        pair, adam = Inferred(shape, rows, options.initial_scale), {}
     return [
         {
             **about,

@@ -43,6 +43,7 @@ def report(results, options):
     """The picture, and the table of ours beside the published values."""
     for name in HIDDEN:
         rows = [row for row in results.rows if row["panel"].startswith(name)]
+        rows = [row for row in rows if row["initial_scale"] == options.initial_scale]
         if rows:
             picture = protocol.draw(rows, PANELS, figure="2", primary=PRIMARY.values())
             FigureCanvasAgg(picture).print_png(str(options.out / f"figure2_{name}.png"))
@@ -61,12 +62,15 @@ def main():
     for name, latent, binarisation, method in [] if options.report else wanted(options):
         panel = f"{name} Nz={latent}"
         about = {"figure": "2", "panel": panel, "binarisation": binarisation}
-        key = {**about, "method": method, "seed": options.seed, "budget": options.samples}
+        key = {**about, "method": method, "seed": options.seed}
+        key |= {"budget": options.samples, "initial_scale": options.initial_scale}
         if results.has(**key):
             continue
         data = protocol.load(binarisation, options)
         hidden = 32 if options.small else HIDDEN[name]
-        make = partial(protocol.build, binarisation, data.shape, latent, hidden)
+        make = partial(
+            protocol.build, binarisation, data.shape, latent, hidden, options.initial_scale
+        )
         splits = {"train": data.train, "test": data.test}
         rows, pair = protocol.curve(make, method, splits, options, about=about)
         save(pair, protocol.weights(options, panel, method, binarisation))

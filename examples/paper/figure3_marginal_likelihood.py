@@ -81,9 +81,9 @@ def monte_carlo_em(vae, _, split, *, samples, lr, seed, points, title):
             yield seen
 
 
-def make(method, shape):
+def make(method, shape, scale):
     """A VAE; for Monte Carlo EM, which has no encoder, with p(z) where its chains begin."""
-    vae = protocol.build("static", shape, LATENT, HIDDEN)
+    vae = protocol.build("static", shape, LATENT, HIDDEN, scale)
     return VAE(vae.prior, vae.likelihood, priors.Normal(LATENT)) if method == "MCEM" else vae
 
 
@@ -149,6 +149,7 @@ def main():
     for rows, method in [] if options.report else cases:
         about = {"figure": "3", "panel": f"Ntrain={rows}", "binarisation": "static"}
         key = {**about, "method": method, "seed": options.seed}
+        key["initial_scale"] = options.initial_scale
         if results.has(**key, budget=options.samples):
             continue
         data = protocol.load("static", options)
@@ -157,7 +158,11 @@ def main():
         if method == "MCEM":
             how["run"] = monte_carlo_em
         curve, vae = protocol.curve(
-            partial(make, method, data.shape), method, splits, options, **how
+            partial(make, method, data.shape, options.initial_scale),
+            method,
+            splits,
+            options,
+            **how,
         )
         check = held_against(vae, data.test, options.checked)
         checks.add([{**key, **check, "budget": round(options.samples)}])
