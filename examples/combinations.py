@@ -29,6 +29,7 @@ from pyro_vae.objectives import (
     Trace_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    WakeSleep,
 )
 from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
@@ -99,6 +100,7 @@ OBJECTIVES = {
     "IWAE, doubly": lambda: IWAE(5, doubly_reparameterised=True),
     "Renyi": lambda: Renyi(0.5),
     "Renyi, doubly": lambda: Renyi(0.5, doubly_reparameterised=True),
+    "WakeSleep": lambda: WakeSleep(),
 }
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "TraceGraph_ELBO",
     "TraceMeanField_ELBO",
     "Trace_ELBO",
+    "WakeSleep",
 ]
 
 import math
@@ -18,9 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.elbo import ELBO
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 from typing_extensions import override
@@ -207,6 +212,135 @@ class FreeBits(Direct):
         total = scale @ kl
         # Without a floor the sum is the KL itself, also where a drawn one is negative.
         return (total.clamp(min=self.nats * scale.sum()) if self.nats else total).sum()
+
+
+class WakeSleep(Direct):
+    """The wake-sleep algorithm: two objectives in turn, of which the second is no bound.
+
+    Wake, model: ascend ``log p(x,z)`` at ``z ~ q(z|x)``, which q does not see. Sleep, guide:
+    ascend ``log q(z|x)`` at a dream ``z ~ p(z), x ~ p(x|z)``, which p does not see. Hinton et
+    al. (1995), The Wake-Sleep Algorithm for Unsupervised Neural Networks; what Kingma & Welling
+    (2013), section 5, compare Auto-Encoding Variational Bayes with, from the same networks. No
+    gradient passes through z, so that it may be discrete.
+
+    The value is minus the ELBO at the draws of the wake phase, comparable with that of
+    `pyro.infer.Trace_ELBO`, which the steps do not descend. A `BetaELBO` weights the wake phase
+    only. A latent outside the plate ``data`` is drawn once, enters as in the ELBO, and is the
+    same in the dream. Dreams have holes (NaN) where the data have them, and the context of
+    the data. A prior made of the encoder, such as a `VampPrior`, belongs to both.
+
+    Args:
+        particles: Draws of each phase for each datum, one after another.
+        max_plate_nesting: Number of nested plates, the one over the data included.
+
+    Raises:
+        ValueError: Fewer than 1 particle; in use, a model that observes something else than
+            the site ``x`` of each datum, which is the first argument.
+
+    Example:
+        >>> WakeSleep().num_particles
+        1
+    """
+
+    def __init__(self, *, particles: int = 1, max_plate_nesting: int = 1) -> None:
+        super().__init__(at_least_one(particles), max_plate_nesting)
+
+    @override
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        loss: Any = 0.0
+        for _ in range(self.num_particles):
+            guided = poutine.trace(guide).get_trace(*args, **kwargs)
+            guided.compute_log_prob()  # of the very draws, which a flow knows
+            modelled, guided = self._scored(model, _still(guided), args, kwargs)
+            for trace, sign in ((guided, 1), (modelled, -1)):
+                for site in _samples(trace):
+                    mute = trace is guided and data_dim(site) is not None
+                    score = site["log_prob_sum"]
+                    loss = loss + sign * (score.detach() if mute else score)
+            if torch.is_grad_enabled():
+                asleep = self._asleep(model, guide, modelled, guided, args, kwargs)
+                loss = loss - (asleep - asleep.detach())
+        return torch.as_tensor(loss / self.num_particles)
+
+    def _asleep(
+        self,
+        model: Program,
+        guide: Program,
+        modelled: Trace,
+        guided: Trace,
+        args: Any,
+        kwargs: Any,
+    ) -> Tensor:
+        """``log q(z|x)`` of a dream, of latents within the plate ``data``."""
+        local = {name for name, site in latents(guided) if data_dim(site) is not None}
+        total = torch.zeros(())
+        if not local:
+            return total
+        if strange := local - modelled.nodes.keys():
+            raise ValueError(
+                f"wake-sleep dreams the latents of the model, and '{min(strange)}' is one of the "
+                f"guide alone: use Trace_ELBO"
+            )
+        (x, *context), seen = args, _seen(modelled)
+        shared = Trace()
+        for name, site in latents(guided):
+            if name not in local:
+                shared.add_node(name, **{**site, "value": site["value"].detach()})
+        with torch.no_grad():
+            program = poutine.replay(poutine.uncondition(model), trace=shared)
+            dream = poutine.trace(program).get_trace(x, *context, **kwargs)
+        dreamt = dream.nodes["x"]["value"]
+        if dreamt.shape != x.shape:
+            raise ValueError(
+                f"the model dreams x of shape {tuple(dreamt.shape)} where the data have "
+                f"{tuple(x.shape)}: let its site 'x' observe the first argument as it is"
+            )
+        if x.is_floating_point():
+            dreamt = dreamt.where(~x.isnan(), x)
+        for name in local:
+            shared.add_node(name, **dream.nodes[name])
+        trace = poutine.trace(poutine.replay(guide, trace=shared))
+        dreaming = trace.get_trace(dreamt, *context, **kwargs)
+        dreaming.compute_log_prob()
+        for name in sorted(local):
+            site = dreaming.nodes[name]
+            # What a datum counts, and not the weight of its KL.
+            score = scale_and_mask(site["unscaled_log_prob"], seen["scale"], site["mask"])
+            total = total + score.sum()
+        return total
+
+
+def _still(guided: Trace) -> Trace:
+    """The trace, with draws of each datum's latents that pass no gradient on."""
+    guided = guided.copy()
+    for name, site in latents(guided):
+        if data_dim(site) is None:
+            if site["log_prob"].requires_grad:
+                need_rsample(site, f"a latent outside the data plate, '{name}',")
+        else:
+            guided.nodes[name] = {**site, "value": site["value"].detach()}
+    return guided
+
+
+def _seen(modelled: Trace) -> Any:
+    """The site x, the only one of each datum that a model observes."""
+    names = [
+        name for name in modelled.observation_nodes if data_dim(modelled.nodes[name]) is not None
+    ]
+    if names != ["x"]:
+        found = ", ".join(f"'{name}'" for name in names) or "nothing"
+        raise ValueError(
+            f"wake-sleep dreams what the model observes of each datum, the site 'x' in the plate "
+            f"'data', and this one observes {found}: hand anything else on as context"
+        )
+    return modelled.nodes["x"]
+
+
+def _samples(trace: Trace) -> list[Any]:
+    nodes = prune_subsample_sites(trace).nodes.values()
+    return [site for site in nodes if site["type"] == "sample"]
 
 
 def _kl(guided: Any, modelled: Any, *, closed: bool) -> Tensor:

@@ -253,3 +253,96 @@ def test_the_evaluation_benchmark_runs_on_a_few_images(data_dir, tmp_path):
     first = results["estimators"]["estimators"][0]
     assert first["estimator"] == "L_5000"
     assert first["apart"] < 0.1
+
+
+def rows_of(script, folder, *options):
+    """The rows that a script of the paper's writes, and what it prints; a rerun adds nothing."""
+    folder.mkdir(exist_ok=True)
+    options = ["--small", "--out", str(folder), *options]
+    first = run(f"paper/{script}.py", folder, *options)
+    (file,) = [each for each in folder.glob("*.json") if "quadrature" not in each.name]
+    written = file.read_text()
+    again = run(f"paper/{script}.py", folder, *options)
+    assert file.read_text() == written
+    assert again == first
+    rows = json.loads(written)
+    assert all(math.isfinite(row["value_nats"]) for row in rows)
+    return rows, first
+
+
+def curves_of(rows):
+    """Values by method and split, in the order of training samples."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["method"], row["split"]), []).append(row["value_nats"])
+    return found
+
+
+def test_figure_2_has_both_methods_in_the_axes_of_the_paper(tmp_path):
+    options = ["--data", "MNIST", "--latents", "3"]
+    rows, printed = rows_of("figure2_lower_bound", tmp_path, *options)
+    header = (EXAMPLES / "paper" / "published.csv").read_text().splitlines()[0].split(",")
+    assert all({*header, "seed", "binarisation"} <= row.keys() for row in rows)
+    curves = curves_of(rows)
+    assert set(curves) == {(m, s) for m in ("AEVB", "wake-sleep") for s in ("train", "test")}
+    for values in curves.values():  # 12 passes over 1,617 digits, which begin as coins
+        assert -0.6 * 64 * math.log(2) < values[-1] < -10
+        assert values[-1] > values[0]
+    # As in the paper; half a nat is several standard errors of 180 test images' differences.
+    assert curves["AEVB", "test"][-1] > curves["wake-sleep", "test"][-1] - 0.5
+    assert (tmp_path / "figure2_MNIST.png").read_bytes().startswith(b"\x89PNG")
+    assert printed.count("| MNIST Nz=3 |") == 2
+
+
+def test_a_larger_budget_runs_a_curve_anew_and_a_smaller_one_does_not(tmp_path):
+    options = ["--data", "FreyFace", "--latents", "2", "--methods", "AEVB"]
+    for budget, last in ((1000, 1000), (2000, 2000), (1500, 2000)):
+        run(
+            "paper/figure2_lower_bound.py", tmp_path, "--small", "--out", str(tmp_path),
+            "--samples", str(budget), *options,
+        )  # fmt: skip
+        rows = json.loads((tmp_path / "figure2.json").read_text())
+        assert max(row["training_samples"] for row in rows) == last
+        assert {row["budget"] for row in rows} == {last}
+
+
+def test_figure_3_learns_by_monte_carlo_em_and_agrees_with_quadrature(tmp_path):
+    options = ["--rows", "1000", "--methods", "MCEM"]
+    rows, printed = rows_of("figure3_marginal_likelihood", tmp_path, *options)
+    curves = curves_of(rows)
+    # Better than coins by far, of whose pixels each costs log 2.
+    assert curves["MCEM", "train"][-1] > -0.7 * 64 * math.log(2)
+    (check,) = json.loads((tmp_path / "figure3_quadrature.json").read_text())
+    # Two images and 3 errors: a false alarm has a probability below 1e-2, and the seed is fixed.
+    assert check["within_3_errors"] == 1
+    assert "| Ntrain=1000, MCEM |" in printed
+
+
+def test_figures_4_and_5_are_drawn_from_weights_that_are_kept(tmp_path):
+    options = ["--small", "--samples", "1000", "--out", str(tmp_path)]
+    run("paper/figure5_samples.py", tmp_path, *options)
+    kept = sorted((tmp_path / "weights").iterdir())
+    times = [each.stat().st_mtime_ns for each in kept]
+    assert len(kept) == len(list(tmp_path.glob("figure5_*.png"))) == 4
+    run("paper/figure4_manifold.py", tmp_path, *options)
+    assert len(list(tmp_path.glob("figure4_*.png"))) == 2
+    assert [each.stat().st_mtime_ns for each in kept] == times  # the one with 2 latents, too
+
+
+def test_appendix_f_pays_for_the_weights(tmp_path):
+    curves = curves_of(rows_of("appendix_f_full_vb", tmp_path)[0])
+    local, whole = (curves["weights inferred", s] for s in ("train", "train, with weights"))
+    assert all(one > other for one, other in zip(local, whole, strict=True))
+    assert local[-1] > local[0] + 1
+    assert whole[-1] > whole[0] + 2
+
+
+def test_the_tables_after_the_paper_are_paired(tmp_path):
+    options = ["--seeds", "0", "1"]
+    rows, printed = rows_of("iwae_table", tmp_path / "iwae", *options, "--k", "1", "5")
+    assert {(row["k"], row["seed"]) for row in rows} == {(k, s) for k in (1, 5) for s in (0, 1)}
+    assert all(0 < row["active_units"] <= 50 for row in rows)
+    assert re.search(r"\| 5 \| 4 \| 2 \|.*\([+-]\d+\.\d\d to [+-]\d+\.\d\d\)", printed)
+    rows, printed = rows_of("vampprior_table", tmp_path / "vamp", *options)
+    assert len(rows) == 4
+    assert re.search(r"\| VampPrior \| 2 \| 2 \|.*\([+-]\d+\.\d\d to [+-]\d+\.\d\d\)", printed)

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import nn
 
 from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
-from pyro_vae.objectives import IWAE, BetaELBO, FreeBits, Renyi
+from pyro_vae.objectives import IWAE, BetaELBO, FreeBits, Renyi, WakeSleep
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, 4.0])
@@ -440,3 +440,194 @@ def test_free_nats_that_make_no_sense_are_refused(nats):
 )
 def test_an_objective_knows_whether_it_is_a_bound(objective, bound):
     assert objective.is_bound == bound
+
+
+# Wake-sleep
+
+
+def dreamt_exactly(vae, rows):
+    """E[log q(z|x)] under p(z) p(x|z) of a linear VAE, whose moments are known."""
+    decoder, encoder = vae.likelihood.network.last, vae.posterior.network.last
+    w, b = decoder.weight.detach(), decoder.bias.detach()
+    noise = vae.decode(torch.zeros(1, w.shape[1]).to(w)).base_dist.variance[0].detach()
+    latent = w.shape[1]
+    v, (c, log_scale) = encoder.weight[:latent], encoder.bias.unflatten(0, (2, latent))
+    # z - Vx - c = (I - VW) z - (Vb + c) - V e, with independent z and e.
+    mixed = torch.eye(latent).to(w) - v @ w
+    squares = mixed.square().sum(-1) + (v @ b + c) ** 2 + (v**2 * noise).sum(-1)
+    score = squares / (2 * log_scale).exp() + math.log(2 * math.pi) + 2 * log_scale
+    return -0.5 * rows * score.sum()
+
+
+def test_wake_and_sleep_gradients_are_exact_in_expectation():
+    vae, x = linear_vae(3, 2, scale=0.7).double(), torch.randn(4, 3, dtype=torch.float64)
+    decoder, encoder = vae.likelihood.network.last, vae.posterior.network.last
+    reconstruction, kl = exact_halves(vae, x)
+    exact = [(kl - reconstruction).sum().detach()[None]]
+    exact += torch.autograd.grad(-reconstruction.sum(), [decoder.weight, decoder.bias])
+    exact += torch.autograd.grad(-dreamt_exactly(vae, 4), [encoder.weight, encoder.bias])
+    exact[3] = exact[3][:2]  # of the means: the moments above are those of a constant scale
+    rows = []
+    for _ in range(2000):
+        vae.zero_grad()
+        loss = WakeSleep().loss_and_grads(vae.model, vae.guide, x)
+        slopes = [decoder.weight, decoder.bias, encoder.weight, encoder.bias]
+        slopes = [each.grad for each in slopes]
+        slopes[2] = slopes[2][:2]
+        rows.append(torch.cat([torch.tensor([loss]), *[each.flatten() for each in slopes]]))
+    assert agree(torch.stack(rows), torch.cat([each.flatten() for each in exact]))
+
+
+def test_both_phases_are_those_written_by_hand_from_the_same_draws():
+    vae, x = (
+        VAE(
+            priors.Normal(2, learned=True),
+            likelihoods.Normal(MLP(2, [5], 3), scale=0.5),
+            posteriors.Normal(MLP(3, [5], (2, 2))),
+        ),
+        torch.randn(40, 3),
+    )
+    pyro.set_rng_seed(1)
+    loss = WakeSleep().loss_and_grads(vae.model, vae.guide, x)
+    found = [each.grad for each in vae.parameters()]
+
+    def score(value, loc, scale):
+        return torch.distributions.Normal(loc, scale).log_prob(value).sum()
+
+    pyro.set_rng_seed(1)
+    prior, decoder, encoder = vae.prior().base_dist, vae.likelihood.network, vae.posterior.network
+    loc, log_scale = encoder(x).unbind(-2)
+    z = (loc + log_scale.exp() * torch.randn(40, 2)).detach()
+    awake = score(z, prior.loc, prior.scale) + score(x, decoder(z), 0.5)
+    bound = awake.detach() - score(z, loc, log_scale.exp()).detach()
+    with torch.no_grad():
+        z = prior.loc + prior.scale * torch.randn(40, 2)
+        dream = decoder(z) + 0.5 * torch.randn(40, 3)
+    loc, log_scale = encoder(dream).unbind(-2)
+    asleep = score(z, loc, log_scale.exp())
+    truth = torch.autograd.grad(-awake - asleep, list(vae.parameters()))
+    assert loss == pytest.approx(-bound.item(), rel=1e-5)
+    for one, other in zip(found, truth, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)  # float32 sums of 40 data
+
+
+def test_the_value_of_wake_sleep_is_that_of_the_bound():
+    vae, x = linear_vae(3, 2), torch.randn(4, 3)
+    values = []
+    for objective in (Trace_ELBO(2), WakeSleep(particles=2)):
+        pyro.set_rng_seed(3)
+        values.append(objective.loss(vae.model, vae.guide, x))
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_a_latent_for_all_data_enters_as_in_the_elbo_and_is_dreamt_with():
+    x = torch.randn(30)
+    named = {"m": 0.3, "s": -0.5, "a": 0.4, "c": 0.1, "d": -0.2}
+    values = {name: nn.Parameter(torch.tensor(value)) for name, value in named.items()}
+
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(w, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        m, s, a, c, d = (pyro.param(name, value) for name, value in values.items())
+        pyro.sample("w", dist.Normal(m, s.exp()))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(a * x + c, d.exp()))
+
+    pyro.set_rng_seed(1)
+    WakeSleep().loss_and_grads(model, guide, x)
+    store = pyro.get_param_store()
+    found = [store[name].unconstrained().grad for name in named]
+
+    pyro.set_rng_seed(1)
+    law = torch.distributions.Normal
+    m, s, a, c, d = values.values()
+    w = m + s.exp() * torch.randn(())
+    z = (a * x + c + d.exp() * torch.randn(30)).detach()
+    total = law(0, 1).log_prob(w) - law(m, s.exp()).log_prob(w) + law(w, 1).log_prob(z).sum()
+    dreamt = w.detach() + torch.randn(30)
+    x = dreamt + torch.randn(30)
+    total = total + law(a * x + c, d.exp()).log_prob(dreamt).sum()
+    truth = torch.autograd.grad(-total, list(values.values()))
+    assert torch.allclose(torch.stack(found), torch.stack(truth), rtol=1e-4, atol=1e-4)
+
+
+class Watching(nn.Module):
+    """A linear encoder that keeps what it saw last."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.seen = nn.Linear(3, 4), None
+
+    def forward(self, x):
+        self.seen = x
+        return self.inner(x.nan_to_num()).unflatten(-1, (2, 2))
+
+
+def test_a_dream_has_holes_where_the_data_have_them():
+    vae = VAE(
+        priors.Normal(2),
+        likelihoods.Missing(likelihoods.Normal(MLP(2, [], 3), scale=1.0)),
+        posteriors.Normal(Watching()),
+    )
+    x = torch.tensor([[1.0, torch.nan, 2.0], [torch.nan, torch.nan, 0.5]])
+    WakeSleep().loss_and_grads(vae.model, vae.guide, x)
+    seen = vae.posterior.network.seen
+    assert torch.equal(seen.isnan(), x.isnan())
+    assert (seen != x).all()  # what is there was dreamt
+
+
+@pytest.mark.parametrize(("weight", "scale"), [(0.0, 1.0), (3.0, 1.0), (1.0, 2.5)])
+def test_sleep_counts_data_by_their_scale_and_knows_no_weight(weight, scale):
+    vae, x = linear_vae(3, 2), torch.randn(4, 3)
+
+    def model(x):
+        with pyro.poutine.scale(scale=scale):
+            return vae.model(x)
+
+    def guide(x):
+        with pyro.poutine.scale(scale=scale):
+            return vae.guide(x)
+
+    slopes = []
+    for objective, programs in (
+        (WakeSleep(), (vae.model, vae.guide)),
+        (BetaELBO(weight, elbo=WakeSleep()), (model, guide)),
+    ):
+        vae.zero_grad()
+        pyro.set_rng_seed(1)
+        objective.loss_and_grads(*programs, x)
+        slopes.append(vae.posterior.network.last.weight.grad)
+    assert torch.allclose(scale * slopes[0], slopes[1], rtol=1e-5)
+
+
+def test_wake_sleep_refuses_what_it_cannot_dream():
+    def observes(*names, width=4):
+        def model(x):
+            with pyro.plate("data", width):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                for name in names:
+                    pyro.sample(name, dist.Normal(z, 1.0), obs=x[:width])
+
+        return model
+
+    def guide(x, *more, width=4):
+        with pyro.plate("data", width):
+            for name in ("z", *more):
+                pyro.sample(name, dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    x = torch.randn(4)
+    with pytest.raises(ValueError, match="observes 'x', 'y': hand anything else on as context"):
+        WakeSleep().loss_and_grads(observes("x", "y"), guide, x)
+    with pytest.raises(ValueError, match="observes 'images'"):
+        WakeSleep().loss_and_grads(observes("images"), guide, x)
+    with pytest.raises(ValueError, match=r"of shape \(2,\) where the data have \(4,\)"):
+        WakeSleep().loss_and_grads(observes("x", width=2), partial(guide, width=2), x)
+    with (
+        pytest.raises(ValueError, match="'u' is one of the guide alone"),
+        pytest.warns(UserWarning, match="vars in guide but not model"),
+    ):
+        WakeSleep().loss_and_grads(observes("x"), lambda x: guide(x, "u"), x)

@@ -34,7 +34,7 @@ from pyro_vae import (
     priors,
 )
 from pyro_vae.capture import _log1p
-from pyro_vae.objectives import IWAE, BetaELBO, FreeBits, Renyi
+from pyro_vae.objectives import IWAE, BetaELBO, FreeBits, Renyi, WakeSleep
 from pyro_vae.optimizers import optimizer_of, update
 from pyro_vae.svi import mode_for
 
@@ -227,6 +227,7 @@ ELBOS = {
     "IWAE": lambda: IWAE(4),
     "IWAE, doubly": lambda: IWAE(4, doubly_reparameterised=True),
     "Renyi": lambda: Renyi(0.5, particles=3),
+    "WakeSleep": lambda: WakeSleep(particles=2, max_plate_nesting=2),
 }
 # Objectives for which a program is none, by their own words.
 ILL = {

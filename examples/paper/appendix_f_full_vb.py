@@ -1,0 +1,190 @@
+"""Appendix F of Auto-Encoding Variational Bayes: weights and latents inferred together.
+
+    python examples/paper/appendix_f_full_vb.py --data-dir DATA
+
+The paper derives it and shows no experiment. Here the networks of its Figure 3 (100 hidden units,
+3 latents) learn 1,000 images of MNIST, once by a point estimate of all weights (AEVB) and once
+with a Gaussian q(w) over the weights of the decoder, whose prior is N(0, I). Both are seen in the
+bound of training and of test images; with weights inferred it is that at draws of q(w), without
+the KL of the weights, which "train, with weights" has: a bound on log p(x_1, ..., x_N)/N. Adam in
+place of Adagrad for both, which takes the logarithms of scales down faster.
+"""
+
+import copy
+from functools import partial
+
+import protocol
+import pyro
+import pyro.distributions as dist
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+from torch.func import functional_call
+
+from pyro_vae import VAE, CompiledSVI, likelihoods, priors
+from pyro_vae.objectives import Trace_ELBO
+from pyro_vae.svi import mode_for
+from pyro_vae.vae import declare
+
+LATENT, HIDDEN, ROWS, DRAWS = 3, 100, 1000, 10
+METHODS = ["point estimate", "weights inferred"]
+
+
+class Inferred(nn.Module):
+    """``w ~ p(w)``, and of each datum ``z ~ p(z), x ~ p(x|z,w)``, with Gaussian q(w) q(z|x)."""
+
+    def __init__(self, shape, rows, scale):
+        super().__init__()
+        vae = protocol.build("static", shape, LATENT, HIDDEN, scale)
+        self.rows, self.posterior = rows, vae.posterior
+        self.network = vae.likelihood.network.requires_grad_(False)  # w stands in for its weights
+        named = dict(self.network.named_parameters())
+        self.names = list(named)
+        self.loc = nn.ParameterList([value.clone() for value in named.values()])
+        self.log_scale = nn.ParameterList([torch.full_like(v, -4.0) for v in named.values()])
+
+    def model(self, x):
+        declare(self)
+        weights = {
+            name: pyro.sample(name, dist.Normal(torch.zeros_like(loc), 1.0).to_event(loc.dim()))
+            for name, loc in zip(self.names, self.loc, strict=True)
+        }
+        with self.plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            logits = functional_call(self.network, weights, (z,))
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
+
+    def guide(self, x):
+        declare(self)
+        for name, loc, log_scale in zip(self.names, self.loc, self.log_scale, strict=True):
+            pyro.sample(name, dist.Normal(loc, log_scale.exp()).to_event(loc.dim()))
+        with self.plate(x):
+            pyro.sample("z", self.posterior(x))
+
+    def plate(self, x):
+        """The data, of which each row of a minibatch stands for N/M, and the weights for 1."""
+        return pyro.plate("data", self.rows, subsample=torch.arange(len(x)), dim=-1)
+
+    @torch.no_grad()
+    def drawn(self):
+        """A VAE with a draw of the weights."""
+        network = copy.deepcopy(self.network)
+        for weight, loc, log_scale in zip(
+            network.parameters(), self.loc, self.log_scale, strict=True
+        ):
+            weight.copy_(dist.Normal(loc, log_scale.exp()).sample())
+        return VAE(priors.Normal(LATENT), likelihoods.Bernoulli(network), self.posterior)
+
+    @torch.no_grad()
+    def weights_kl(self):
+        """KL of q(w) from the prior, in nats."""
+        return sum(
+            float(0.5 * (loc**2 + (2 * s).exp() - 1 - 2 * s).sum())
+            for loc, s in zip(self.loc, self.log_scale, strict=True)
+        )
+
+
+def train(pair, split, options, title, **adam):
+    """Train by Adam, and yield the numbers of samples at which to evaluate."""
+    svi = CompiledSVI(
+        pair.model,
+        pair.guide,
+        partial(torch.optim.Adam, lr=options.lr, **adam),
+        Trace_ELBO(max_plate_nesting=1),
+        mode=mode_for(int(options.samples) // protocol.BATCH),
+    )
+    stream, seen = protocol.batches(split, options.seed), 0
+    with protocol.progress(options.samples, title) as bar:
+        for point in protocol.ends(options.samples, protocol.POINTS):
+            while seen < point:
+                svi.step(*next(stream))
+                seen += protocol.BATCH
+                bar.update(protocol.BATCH)
+            yield seen
+
+
+def values(pair, splits):
+    """The bound of each split by its name, and where there is q(w), of the weights as well."""
+    inferred = isinstance(pair, Inferred)
+    vaes = [pair.drawn() for _ in range(DRAWS)] if inferred else [pair]
+    found = {
+        name: sum(protocol.elbo(vae, split)[0] for vae in vaes) / len(vaes)
+        for name, split in splits.items()
+    }
+    if inferred:
+        found["train, with weights"] = found["train"] - pair.weights_kl() / pair.rows
+    return found
+
+
+def curve(method, splits, options, about):
+    """The rows of one curve."""
+    pyro.set_rng_seed(options.seed)
+    rows, shape = len(splits["train"]), splits["train"].x.shape[1:]
+    if method == "point estimate":  # with the prior's share of a minibatch, as in Figure 2
+        pair = protocol.build("static", shape, LATENT, HIDDEN, options.initial_scale)
+        adam = {"weight_decay": protocol.BATCH / rows}
+    else:
+        pair, adam = Inferred(shape, rows, options.initial_scale), {}
+    return [
+        {
+            **about,
+            "method": method,
+            "split": name,
+            "training_samples": seen,
+            "value_nats": value,
+            "seed": options.seed,
+            "step_size": options.lr,
+            "budget": round(options.samples),
+        }
+        for seen in train(pair, splits["train"], options, method, **adam)
+        for name, value in values(pair, splits).items()
+    ]
+
+
+def report(results, options):
+    """The picture, and a table of the ends of the curves."""
+    picture = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    axes = picture.subplots()
+    lines = ["| method | split | best | at samples | at the end |", "|---|---|---|---|---|"]
+    for color, method in enumerate(METHODS):
+        rows = [row for row in results.rows if row["method"] == method]
+        for split, style in (("train", "--"), ("test", "-"), ("train, with weights", ":")):
+            points = protocol.line(rows, split=split)
+            if not points:
+                continue
+            axes.plot(
+                list(points), list(points.values()), style, color=f"C{color}",
+                label=f"{method}, {split}",
+            )  # fmt: skip
+            best = max(points, key=points.get)
+            lines.append(
+                f"| {method} | {split} | {points[best]:.1f} | {best:.2g} "
+                f"| {points[max(points)]:.1f} |"
+            )
+    axes.set_xscale("log")
+    axes.set_xlabel("training samples seen")
+    axes.set_ylabel("bound, nats per image")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    FigureCanvasAgg(picture).print_png(str(options.out / "appendix_f.png"))
+    protocol.write("appendix_f", "\n".join(lines), options)
+
+
+def main():
+    parser = protocol.arguments(__doc__, 1e7)
+    parser.add_argument("--lr", type=float, default=1e-3, help="step size of Adam")
+    options = protocol.ready(parser)
+    results = protocol.Results(options.out / "appendix_f.json")
+    about = {"figure": "F", "panel": f"Ntrain={ROWS}", "binarisation": "static"}
+    for method in [] if options.report else METHODS:
+        if results.has(**about, method=method, seed=options.seed, budget=options.samples):
+            continue
+        data = protocol.load("static", options)
+        splits = {"train": protocol.some(data.train, ROWS), "test": data.test}
+        results.add(curve(method, splits, options, about))
+    report(results, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Figure 3 of Auto-Encoding Variational Bayes: the marginal likelihood, with Monte Carlo EM.
+
+    python examples/paper/figure3_marginal_likelihood.py --data-dir DATA
+
+MNIST with 100 hidden units and 3 latents, 1,000 and 50,000 training images, by AEVB, wake-sleep
+and Monte Carlo EM (Appendix E). log p(x) is estimated by Appendix D (`hmc_likelihood`) on 1,000
+training and 1,000 test images drawn at random, chains of 4 leapfrog steps. On some test images
+of every trained model, quadrature stands beside it in `results/figure3_quadrature.json`.
+
+Appendix E leaves open where chains begin and what counts as a sample. Here each training image has
+a chain, which begins at a draw of p(z) and goes on whenever a minibatch has the image, and each of
+the 5 updates of the weights counts 100 samples.
+"""
+
+from functools import partial
+
+import protocol
+import pyro
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from pyro_vae import VAE, priors
+from pyro_vae.annealing import hmc_likelihood
+from pyro_vae.evaluation import quadrature
+
+LATENT, HIDDEN, ROWS = 3, 100, [1000, 50_000]
+PANELS = [f"Ntrain={rows}" for rows in ROWS]
+POINTS = [1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000, 40_000_000, 60_000_000]
+LEAPFROG, UPDATES, ACCEPTANCE = 10, 5, 0.9  # of Appendix E
+
+
+def score(vae, x, z):
+    """``log p(x,z)`` of each datum."""
+    return vae.prior().log_prob(z) + vae.decode(z).log_prob(x)
+
+
+def slope(vae, x, z):
+    """``log p(x,z)`` and its gradient in z."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = score(vae, x, z)
+        return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+
+
+def moved(vae, x, z, step):
+    """Latents after one Hamiltonian move under p(z|x), and its mean acceptance."""
+    momentum = torch.randn_like(z)
+    new, (value, gradient) = z, slope(vae, x, z)
+    before = value - momentum.square().sum(-1) / 2
+    for _ in range(LEAPFROG):
+        momentum = momentum + step / 2 * gradient
+        new = new + step * momentum
+        value, gradient = slope(vae, x, new)
+        momentum = momentum + step / 2 * gradient
+    chance = (value - momentum.square().sum(-1) / 2 - before).exp().clamp(max=1)
+    accepted = torch.rand_like(chance) < chance
+    return torch.where(accepted[:, None], new, z), float(chance.mean())
+
+
+def monte_carlo_em(vae, _, split, *, samples, lr, seed, points, title):
+    """Appendix E: move the latents of a minibatch, then update the weights at them."""
+    parameters = list(vae.likelihood.parameters())
+    optimizer = protocol.adagrad(len(split), lr)(parameters)
+    x, chains = split.batch()[0], torch.randn(len(split), LATENT)
+    order, step, seen = torch.Generator().manual_seed(seed), 0.1, 0
+    queue = torch.empty(0, dtype=torch.long)
+    with protocol.progress(samples, title) as bar, pyro.validation_enabled(False):
+        for point in protocol.ends(samples, points):
+            while seen < point:
+                if not len(queue):
+                    queue = torch.randperm(len(split), generator=order)
+                rows, queue = queue[: protocol.BATCH], queue[protocol.BATCH :]
+                chains[rows], accepted = moved(vae, x[rows], chains[rows], step)
+                step *= 1 + 0.05 * (accepted - ACCEPTANCE)
+                for _ in range(UPDATES):
+                    optimizer.zero_grad()
+                    (-score(vae, x[rows], chains[rows]).sum()).backward()
+                    optimizer.step()
+                seen += UPDATES * protocol.BATCH
+                bar.update(UPDATES * protocol.BATCH)
+            yield seen
+
+
+def make(method, shape, scale):
+    """A VAE; for Monte Carlo EM, which has no encoder, with p(z) where its chains begin."""
+    vae = protocol.build("static", shape, LATENT, HIDDEN, scale)
+    return VAE(vae.prior, vae.likelihood, priors.Normal(LATENT)) if method == "MCEM" else vae
+
+
+def estimate(count, vae, split):
+    """Appendix D on some data: mean and standard error over these."""
+    found = hmc_likelihood(
+        vae.eval(), protocol.some(split, count), samples=50, chains=4, leapfrog=4
+    )
+    return float(found.log_likelihood.mean()), float(found.log_likelihood.std() / count**0.5)
+
+
+def held_against(vae, split, count):
+    """Appendix D beside quadrature on some data."""
+    batch = protocol.some(split, count).batch()
+    truth = quadrature(vae, batch, tolerance=1e-2)
+    found = hmc_likelihood(vae, batch, samples=200)
+    apart = found.log_likelihood - truth.log_likelihood
+    return {
+        "images": len(apart),
+        "value_nats": float(truth.log_likelihood.mean()),
+        "appendix_d": float(found.log_likelihood.mean()),
+        "monte_carlo_error": float(found.monte_carlo_error.square().sum().sqrt() / len(apart)),
+        "within_3_errors": float(
+            (apart.abs() < 3 * found.monte_carlo_error + 0.01).double().mean()
+        ),
+    }
+
+
+def report(results, checks, options):
+    """The picture, and the tables."""
+    if results.rows:
+        picture = protocol.draw(results.rows, PANELS, figure="3", primary=["static"], columns=2)
+        FigureCanvasAgg(picture).print_png(str(options.out / "figure3.png"))
+    parts = [
+        f"*{split}*\n\n{protocol.table(results.rows, figure='3', at=POINTS, split=split)}"
+        for split in ("test", "train")
+    ]
+    lines = [
+        "| model | quadrature | Appendix D | its error | within 3 errors |",
+        "|---|---|---|---|---|",
+    ]
+    for row in checks.rows:
+        lines.append(
+            f"| {row['panel']}, {row['method']} | {row['value_nats']:.2f} "
+            f"| {row['appendix_d']:.2f} | {row['monte_carlo_error']:.2f} "
+            f"| {row['within_3_errors']:.0%} of {row['images']} |"
+        )
+    protocol.write("figure3", "\n\n".join([*parts, "\n".join(lines)]), options)
+
+
+def main():
+    parser = protocol.arguments(__doc__, 6e7)
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="training images")
+    methods = [*protocol.OBJECTIVES, "MCEM"]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--images", type=int, default=1000, help="for an estimate of log p(x)")
+    parser.add_argument("--checked", type=int, default=10, help="images for the quadrature")
+    options = protocol.ready(parser)
+    protocol.OBJECTIVES["MCEM"] = lambda: None
+    results = protocol.Results(options.out / "figure3.json")
+    checks = protocol.Results(options.out / "figure3_quadrature.json")
+    cases = [(rows, method) for rows in options.rows for method in options.methods]
+    for rows, method in [] if options.report else cases:
+        about = {"figure": "3", "panel": f"Ntrain={rows}", "binarisation": "static"}
+        key = {**about, "method": method, "seed": options.seed}
+        key["initial_scale"] = options.initial_scale
+        if results.has(**key, budget=options.samples):
+            continue
+        data = protocol.load("static", options)
+        splits = {"train": protocol.some(data.train, rows), "test": data.test}
+        how = {"value": partial(estimate, options.images), "about": about, "points": POINTS}
+        if method == "MCEM":
+            how["run"] = monte_carlo_em
+        curve, vae = protocol.curve(
+            partial(make, method, data.shape, options.initial_scale),
+            method,
+            splits,
+            options,
+            **how,
+        )
+        check = held_against(vae, data.test, options.checked)
+        checks.add([{**key, **check, "budget": round(options.samples)}])
+        results.add(curve)
+    report(results, checks, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Figure 5 of Auto-Encoding Variational Bayes: samples of MNIST with 2, 5, 10 and 20 latents.
+
+    python examples/paper/figure5_samples.py --data-dir DATA
+
+Shown is the mean of p(x|z) at draws of p(z). Weights that `figure2_lower_bound.py` has kept for so
+many samples are used.
+"""
+
+import protocol
+import pyro
+
+from pyro_vae import plots
+
+LATENTS, HIDDEN, SIDE = [2, 5, 10, 20], 500, 10
+
+
+def main():
+    options = protocol.ready(protocol.arguments(__doc__, 1e7))
+    for latent in [] if options.report else LATENTS:
+        hidden = 32 if options.small else HIDDEN
+        panel = f"MNIST Nz={latent}"
+        vae = protocol.trained(latent, hidden, options, panel=panel, binarisation="static")
+        pyro.set_rng_seed(options.seed)
+        picture = plots.grid(vae.sample(SIDE**2, mean=True), columns=SIDE)
+        plots.save(picture, options.out / f"figure5_{latent}.png")
+    head = " | ".join(f"{latent} latents" for latent in LATENTS)
+    cells = " | ".join(f"![{k} latents](results/figure5_{k}.png)" for k in LATENTS)
+    lines = [f"| {head} |", "|---" * len(LATENTS) + "|", f"| {cells} |"]
+    protocol.write("figure5", "\n".join(lines), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""What the experiments of Auto-Encoding Variational Bayes have in common.
+
+Section 5 of the paper: one hidden layer of tanh units in either network, all weights and biases
+drawn from N(0, 0.01), a N(0, I) prior on all of them, Adagrad with the step size of {0.01, 0.02,
+0.1} that does best at first, minibatches of 100, one draw of z. Whether 0.01 is a variance or a
+standard deviation the paper does not say; of the two, 0.01 as the standard deviation is closer to
+its curves at 300,000 samples. What else it leaves open is chosen in `DATA` and in `step_size`.
+"""
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pyro
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+from pyro_vae import MLP, VAE, CompiledSVI, bound, data, likelihoods, posteriors, priors
+from pyro_vae.checkpoints import restore, save
+from pyro_vae.objectives import Trace_ELBO, WakeSleep
+from pyro_vae.svi import mode_for
+
+FOLDER = Path(__file__).parent
+BATCH, STEP_SIZES, FIRST = 100, (0.01, 0.02, 0.1), 100_000
+# Where curves are evaluated: the numbers of samples of the digitised ones, and some between.
+POINTS = [
+    round(mantissa * 10**power)
+    for power in range(4, 9)
+    for mantissa in (1, 1.8, 2, 3, 4, 5, 6, 8)
+    if mantissa * 10**power <= 10**8
+]
+OBJECTIVES = {
+    "AEVB": lambda: Trace_ELBO(max_plate_nesting=1),
+    "wake-sleep": WakeSleep,
+}
+# By the name in the results' column "binarisation": data set, how to divide it, and its view.
+# MNIST trains on 50,000 images, as the paper's Figure 3 does.
+DATA = {
+    "static": ("binarized-mnist", {}, data.plain),
+    "dynamic": ("mnist", {"validation": 1 / 6}, data.dynamic),
+    "greyscale": ("mnist", {"validation": 1 / 6}, data.plain),
+    "none, random split": ("frey-face", {"validation": 0}, data.plain),
+    "none, final block": ("frey-face", {"validation": 0, "ordered": True}, data.plain),
+}
+
+
+def arguments(about, samples):
+    """The parser of the options that all scripts have."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--data-dir", help="folder of the data sets")
+    parser.add_argument("--samples", type=float, default=samples, help="training samples seen")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--initial-scale", type=float, default=0.01, help="of all weights")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--small", action="store_true", help="embedded digits, for a trial")
+    parser.add_argument("--report", action="store_true", help="only write figures and README.md")
+    parser.add_argument("--out", type=Path, default=FOLDER / "results")
+    return parser
+
+
+def ready(parser):
+    """The options, with threads set and the folders made."""
+    options = parser.parse_args()
+    if options.small:  # whatever is asked for, in seconds
+        limits = {"samples": 20_000, "threads": 1, "images": 20, "checked": 2}
+        limits |= {"stages": 2, "epochs": 2}
+        for name, most in limits.items():
+            value = getattr(options, name, most)
+            setattr(options, name, most if value is None else min(value, most))
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def load(binarisation, options):
+    """The data of that name; in a trial, the embedded digits in its guise."""
+    name, how, view = DATA[binarisation]
+    if not options.small:
+        return data.load(name, directory=options.data_dir, view=view, **how)
+    return data.load("digits", validation=0, view=data.threshold if name.endswith("t") else view)
+
+
+def some(split, count):
+    """Some rows of a split, drawn at random and always the same."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    return split[order[:count].sort().values]
+
+
+class LogVariance(nn.Module):
+    """A network that gives means and log s^2, as in Appendix C, and here hands on log s."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.register_buffer("factor", torch.tensor([1.0, 0.5]))
+
+    def forward(self, *inputs):
+        """Map as the network does, with its second outputs halved."""
+        factor = self.factor.unflatten(0, (2, *[1] * (len(self.network.output) - 1)))
+        return self.network(*inputs) * factor
+
+
+def build(binarisation, shape, latent, hidden, scale):
+    """The networks of Appendix C and their distributions, with weights from N(0, scale^2)."""
+    network = partial(MLP, activation=nn.Tanh)
+    if binarisation.startswith("none"):
+        decoder = LogVariance(network(latent, [hidden], (2, *shape)))
+        likelihood = likelihoods.Normal(decoder, per_element=True, bounded=True)
+    else:
+        decoder = network(latent, [hidden], shape)
+        likelihood = likelihoods.Bernoulli(decoder, greyscale=binarisation == "greyscale")
+    encoder = LogVariance(network(shape, [hidden], (2, latent)))
+    return initialised(VAE(priors.Normal(latent), likelihood, posteriors.Normal(encoder)), scale)
+
+
+def initialised(module, scale):
+    """The module with all parameters drawn from N(0, scale^2)."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 0.0, scale)
+    return module
+
+
+def adagrad(rows, lr):
+    """Adagrad on the bound of a minibatch and its share M/N of log N(weights; 0, I).
+
+    The paper scales the minibatch by N/M instead, by which Adagrad divides again.
+    """
+    return partial(torch.optim.Adagrad, lr=lr, weight_decay=BATCH / rows, fused=True)
+
+
+def batches(split, seed):
+    """Minibatches without end, in a new order each time through."""
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        for batch in split.batches(BATCH, order, shuffle=True):
+            if len(batch[0]) == BATCH:
+                yield batch
+
+
+def train(pair, objective, split, *, samples, lr, seed, points=POINTS, title=""):
+    """Train, and yield the number of samples seen at each of the points.
+
+    Raises:
+        FloatingPointError: The loss is not finite.
+    """
+    svi = CompiledSVI(
+        pair.model,
+        pair.guide,
+        adagrad(len(split), lr),
+        objective,
+        mode=mode_for(int(samples) // BATCH),
+    )
+    stream, seen = batches(split, seed), 0
+    with progress(samples, title) as bar:
+        for point in ends(samples, points):
+            while seen < point:
+                loss = svi.step(*next(stream))
+                seen += BATCH
+                bar.update(BATCH)
+            if not loss.isfinite():
+                raise FloatingPointError(f"{title} has diverged after {seen} samples")
+            yield seen
+
+
+def ends(samples, points):
+    """The points before so many samples, and that number."""
+    return sorted({*(point for point in points if point < samples), round(samples)})
+
+
+def progress(samples, title):
+    """A bar in images, redrawn seldom where it goes to a file."""
+    pace = 0.2 if sys.stderr.isatty() else 60.0
+    return tqdm(total=round(samples), desc=title, unit="img", unit_scale=True, mininterval=pace)
+
+
+def elbo(pair, split):
+    """The bound in nats per datum and its standard error, one draw of z for each datum."""
+    order = torch.Generator().manual_seed(0)  # the binarisation is always the same
+    summary = bound(pair.eval(), split.batches(1000, order)).summary()
+    return summary["elbo"], summary["standard_error"]
+
+
+def step_size(make, objective, split, seed, *, first=FIRST, value=elbo, run=train):
+    """The step size with the best value on training data after some first samples."""
+    found = {}
+    for lr in STEP_SIZES:
+        pyro.set_rng_seed(seed)
+        pair = make()
+        try:
+            options = {"samples": first, "lr": lr, "seed": seed, "title": f"step size {lr}"}
+            for _ in run(pair, objective(), split, points=[], **options):
+                found[lr] = value(pair, some(split, 5000))[0]
+        except (FloatingPointError, ValueError):  # it has diverged, or its next value has
+            found[lr] = -math.inf
+        found[lr] = -math.inf if math.isnan(found[lr]) else found[lr]
+    return max(found, key=found.get)
+
+
+def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, run=train):
+    """The rows of one curve, and the trained pair.
+
+    Args:
+        make: Makes the pair, from the present random state.
+        method: A key of `OBJECTIVES`.
+        splits: By name, what to evaluate on; ``train`` is trained on.
+        options: Those of `arguments`.
+        about: Columns ``figure``, ``panel`` and ``binarisation`` of the rows.
+        points: Numbers of samples at which to evaluate.
+        value: From pair and split to a value in nats per datum and its standard error.
+        run: How to train.
+    """
+    began = time.perf_counter()
+    objective = OBJECTIVES[method]
+    first = min(FIRST, options.samples / 2)
+    how = {"value": value, "run": run}
+    lr = step_size(make, objective, splits["train"], options.seed, first=first, **how)
+    pyro.set_rng_seed(options.seed)
+    pair, rows = make(), []
+    how = {"samples": options.samples, "lr": lr, "seed": options.seed, "points": points}
+    how["title"] = f"{about['panel']}, {method}, {about['binarisation']}"
+    for seen in run(pair, objective(), splits["train"], **how):
+        for name, split in splits.items():
+            nats, error = value(pair, some(split, 10_000))
+            row = {**about, "method": method, "split": name, "training_samples": seen}
+            row |= {"value_nats": nats, "standard_error": error, "seed": options.seed}
+            row |= {"initial_scale": options.initial_scale}
+            row |= {"step_size": lr, "budget": round(options.samples)}
+            rows.append({**row, "seconds": round(time.perf_counter() - began, 1)})
+    return rows, pair
+
+
+class Results:
+    """Rows in a JSON file, to which a finished curve is added, and which are read before."""
+
+    def __init__(self, file):
+        self.file = file
+        self.rows = json.loads(file.read_text()) if file.exists() else []
+
+    def has(self, **columns):
+        """Whether a row has these values, and at least this budget."""
+        least = columns.pop("budget", 0)
+        return any(
+            all(row[key] == value for key, value in columns.items()) and row["budget"] >= least
+            for row in self.rows
+        )
+
+    def add(self, rows):
+        """Add rows in place of those of a smaller budget, and write the file."""
+        curves = {identity(row) for row in rows}
+        self.rows = [row for row in self.rows if identity(row) not in curves] + rows
+        lines = ",\n".join(json.dumps(row) for row in self.rows)
+        self.file.write_text(f"[\n{lines}\n]\n")
+
+
+def identity(row):
+    """What a row and the others of its curve have in common."""
+    keys = ("figure", "panel", "method", "seed", "binarisation", "initial_scale")
+    return tuple(row.get(key) for key in keys)
+
+
+def weights(options, panel, method, binarisation):
+    """Where the weights of a trained pair are kept, for the pictures."""
+    about = [panel, method, binarisation, options.initial_scale, options.seed, options.samples]
+    name = "-".join(str(each).replace(" ", "") for each in about)
+    folder = options.out / "weights"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{name}.safetensors"
+
+
+def trained(latent, hidden, options, *, panel, binarisation):
+    """A VAE trained by AEVB: as it was kept, or anew."""
+    splits = load(binarisation, options)
+    pyro.set_rng_seed(options.seed)
+    make = partial(build, binarisation, splits.shape, latent, hidden, options.initial_scale)
+    file = weights(options, panel, "AEVB", binarisation)
+    pair = make()
+    if file.exists():
+        restore(pair, file)
+    else:
+        about = {"figure": "", "panel": panel, "binarisation": binarisation}
+        parts = {"train": splits.train}
+        pair = curve(make, "AEVB", parts, options, about=about, points=[])[1]
+        save(pair, file)
+    return pair.eval()
+
+
+def published():
+    """The digitised curves of the paper's Figures 2 and 3 (Kingma & Welling, 2013)."""
+    with (FOLDER / "published.csv").open() as file:
+        return [
+            {
+                **row,
+                "training_samples": int(row["training_samples"]),
+                "value_nats": float(row["value_nats"]),
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def line(rows, **columns):
+    """The points of one curve, by number of samples."""
+    chosen = [row for row in rows if all(row[key] == value for key, value in columns.items())]
+    return {row["training_samples"]: row["value_nats"] for row in chosen}
+
+
+def draw(rows, panels, *, figure, primary, columns=5):
+    """Our curves, and in the same axes the published ones, dashed."""
+    panels = [panel for panel in panels if any(row["panel"] == panel for row in rows)]
+    tall = math.ceil(len(panels) / columns)
+    size = (3.1 * min(columns, len(panels)), 2.9 * tall)
+    picture = Figure(figsize=size, dpi=120, layout="constrained")
+    every = picture.subplots(tall, min(columns, len(panels)), squeeze=False).flatten()
+    theirs = published()
+    for axes in every:
+        axes.set_axis_off()
+    for panel, axes in zip(panels, every, strict=False):
+        axes.set_axis_on()
+        values = []
+        for color, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            for width, split in ((0.9, "train"), (1.8, "test")):
+                which = {"panel": panel, "method": method, "split": split}
+                ours = line([r for r in rows if r["binarisation"] in primary], **which)
+                paper = line(theirs, figure=figure, **which)
+                style = {"color": f"C{color}", "linewidth": width}
+                label = f"{method}, {split}"
+                axes.plot(list(ours), list(ours.values()), **style, label=label)
+                axes.plot(list(paper), list(paper.values()), "--", **style)
+                values += [v for n, v in {**ours, **paper}.items() if n >= 3e5] or ours.values()
+        low, high = min(values), max(values)
+        axes.set_ylim(low - 0.02 * (high - low) - 1, high + 0.05 * (high - low) + 1)
+        axes.set_xscale("log")
+        axes.set_title(panel, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    every[0].legend(fontsize=6, loc="lower right")
+    every[0].set_ylabel("nats per image", fontsize=8)
+    return picture
+
+
+def table(rows, *, figure, at, split="test"):
+    """Markdown of values ours / published at equal numbers of samples, a line for each curve."""
+    theirs = published()
+    reached = {row["training_samples"] for row in rows}
+    at = [n for n in at if n in reached] or [max(reached)]
+    head = " | ".join(f"{n:.2g}".replace("e+0", "e") for n in at)
+    lines = [
+        f"| panel | method | binarisation | initial scale | seed | step | hours | {head} |",
+        "|---" * (7 + len(at)) + "|",
+    ]
+    for key in dict.fromkeys(identity(row) for row in rows):
+        own = [row for row in rows if identity(row) == key]
+        _, panel, method, seed, binarisation, scale = key
+        ours = line(own, split=split)
+        paper = line(theirs, figure=figure, panel=panel, method=method, split=split)
+        cells = [
+            f"{number(ours.get(n))} / {number(paper.get(n))}" if n in ours else "" for n in at
+        ]
+        hours = max(row["seconds"] for row in own) / 3600
+        lines.append(
+            f"| {panel} | {method} | {binarisation} | {scale} | {seed} | {own[0]['step_size']} "
+            f"| {hours:.2f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def number(value):
+    """A value to a tenth of a nat, or a dash."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def write(section, text, options):
+    """Put a text between the marks of a section of the page, where results are the page's own."""
+    print(text)
+    page = FOLDER / "README.md"
+    if options.out != FOLDER / "results":
+        return
+    first, last = f"<!-- {section} writes from here -->", "<!-- to here -->"
+    before, rest = page.read_text().split(first)
+    after = rest.split(last, 1)[1]
+    page.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}")
+
+
+def without_validation(splits):
+    """The same data for `fit` to keep its last weights, as the published protocols do."""
+    return dataclasses.replace(splits, validation=splits.validation[:0])
