@@ -262,7 +262,8 @@ def newest(folder: Path) -> dict[str, Any] | None:
                 raise _LaterError(f"'{path}' is not read: {error}") from error
             if not older:
                 raise ValueError(
-                    f"'{path}' is damaged: {error}; there is no other checkpoint to go on from"
+                    f"'{path}' is damaged: {error}; there is no other checkpoint to go on "
+                    f"from; train anew into another folder"
                 ) from error
             warnings.warn(
                 f"'{path}' is damaged: {error}; it is put aside, and '{older[0].name}' before it "

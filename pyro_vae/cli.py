@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"unknown command '{name}'{_near(name, COMMANDS)}")
         command(**_parsed(name, command, given[1:]))
     except KeyboardInterrupt as stopped:
-        return _failed(130, str(stopped) or "stopped; what was finished is kept")
+        return _failed(130, str(stopped) or "stopped; what was finished, if anything, is kept")
     except Stopped as stopped:
         return _failed(143, str(stopped))
     except (ValueError, TypeError, ImportError, *_MISUSE) as error:

@@ -103,8 +103,11 @@ class Decomposition:
         carried = f"the latents carry {self.mutual_information:.2f} nats about x"
         if self.active == 0:
             return f"posterior collapse: {units}, and {carried}"
-        partly = self.active < len(self.unit_variance)
-        return f"{'partial' if partly else 'no'} collapse: {units}, and {carried}"
+        if self.active < len(self.unit_variance):
+            return f"partial collapse: {units}, and {carried}"
+        if self.mutual_information < math.log(2):
+            return f"near collapse: {units}, but {carried}, less than one bit, log 2 = 0.69"
+        return f"no collapse: {units}, and {carried}"
 
     def summary(self) -> dict[str, float]:
         """All numbers but those of single dimensions."""

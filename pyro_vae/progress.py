@@ -282,10 +282,10 @@ class Progress:
     def _stop(self) -> None:
         if self.signal is None:
             return
-        said = (
-            f"stopped after step {self.now.step}; go on by `pyro-vae train --resume "
-            f"{self.folder}`, in Python by fit(..., run='{self.folder}', resume=True)"
-        )
+        ways = [f"fit(..., run='{self.folder}', resume=True)"]
+        if self.folder and (self.folder / "config.yaml").exists():
+            ways = [f"`pyro-vae train --resume {self.folder}`, in Python by {ways[0]}"]
+        said = f"stopped after step {self.now.step}; go on by {ways[0]}"
         raise Stopped(said) if self.signal == signal.SIGTERM else KeyboardInterrupt(said)
 
     def _save(self) -> None:

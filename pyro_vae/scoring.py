@@ -373,7 +373,8 @@ def worded(program: str, rows: Batch) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = " ".join(str(error).partition("Trace Shapes")[0].split())
+        reason = str(error).partition("Trace Shapes")[0].partition(", but found invalid values")[0]
+        reason = " ".join(reason.split())
         raise ValueError(
             f"the {program} cannot run on data of shape {tuple(rows[0].shape[1:])}: {reason}"
         ) from error

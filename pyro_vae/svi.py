@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["MODES", "CompiledSVI", "Mode", "mode_for"]
 
+import contextlib
 import copy
 import importlib.util
 import math
@@ -81,6 +82,8 @@ class CompiledSVI:
         mode: ``"eager"``, ``"captured"``, or ``"compiled"`` by `torch.compile`, which takes some
             seconds at the first step. By default compiled where there is a compiler, and captured
             otherwise.
+        validate: Whether first runs are under Pyro's validation, which also refuses values that
+            are no numbers.
 
     Raises:
         TypeError: An argument of another kind.
@@ -110,6 +113,7 @@ class CompiledSVI:
         loss: ELBO,
         *,
         mode: Mode | None = None,
+        validate: bool = True,
     ) -> None:
         for name, program in (("model", model), ("guide", guide)):
             if not callable(program):
@@ -124,6 +128,7 @@ class CompiledSVI:
         if mode not in (None, *MODES):
             raise ValueError(f"there is no mode '{mode}'; there are {', '.join(MODES)}")
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
+        self.validate = validate
         self.mode: Mode = mode or ("compiled" if _compiler() else "captured")
         self.optimizer: Optimizer | None = None
         within = list(reached(model, guide))
@@ -238,7 +243,8 @@ class CompiledSVI:
         before = numbers(held)
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         traced = poutine.trace(param_only=True)
-        with undisturbed(modules, tensors), restored(self._loose(loss)), validation(True), traced:
+        checked = validation(True) if self.validate else contextlib.nullcontext()
+        with undisturbed(modules, tensors), restored(self._loose(loss)), checked, traced:
             value = getattr(loss, method)(self.model, self.guide, *args, **kwargs)
         if isinstance(value, tuple):
             raise TypeError(f"the losses of {type(loss).__name__} are several: use pyro.infer.SVI")

@@ -156,7 +156,10 @@ def fit(
     with state, _bar(epochs * len(data.train), progress) as bar, _quiet():
         now = state.now
         stored = _Stored(annealed if warmup else objective, data.train)
-        svi = CompiledSVI(pair.model, pair.guide, lambda _: optim, stored, mode=now.mode)
+        # Pair and objective are checked already, and a run that goes on may skip its next step.
+        svi = CompiledSVI(
+            pair.model, pair.guide, lambda _: optim, stored, mode=now.mode, validate=False
+        )
         waits = device.type != "cpu" and not skip_nonfinite
         watch = _Watch(parameters, list(pair.buffers()), waits=waits, keeps=skip_nonfinite > 0)
         budget = now.planned * batches  # of which the warm-up is a part, however long it goes on

@@ -1,6 +1,7 @@
 """Fixtures: a seed for every test, and the folder of downloaded data where there is one."""
 
 import os
+import signal
 from pathlib import Path
 
 import pyro
@@ -17,6 +18,14 @@ def seeded():
     """Every test begins with an empty param store and the same random state."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """SIGINT as in a terminal, also where a job in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

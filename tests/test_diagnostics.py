@@ -102,6 +102,14 @@ def test_the_kl_of_each_dimension_is_exact_where_both_factorise():
     assert decompose(linear(), torch.randn(20, 3)).dimension_kl is None
 
 
+def test_units_that_carry_less_than_a_bit_are_not_called_sound():
+    pair = linear(scale=2.0)
+    precision = torch.eye(2) + pair.weight.T @ pair.weight / pair.scale[0] ** 2
+    parts = decompose(pair, drawn(pair, 2000), draws=2000)
+    assert 0.1 < precision.logdet() / 2 < 0.6 < math.log(2)
+    assert parts.verdict.startswith("near collapse: 2 of 2 units are active, but the latents")
+
+
 @pytest.mark.parametrize(("used", "words"), [(0, "posterior collapse: 0 of 3"), (1, "partial")])
 def test_collapse_is_said_in_words(used, words):
     vae = linear_vae(4, 3)

@@ -299,7 +299,7 @@ def test_a_signal_ends_the_step_and_says_how_to_go_on(number, tmp_path):
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with stopped(8, number) as caught:
         trained(run=tmp_path)
-    words = f"stopped after step 8; go on by `pyro-vae train --resume {tmp_path}`"
+    words = f"stopped after step 8; go on by fit(..., run='{tmp_path}', resume=True)"
     assert words in str(caught.value)
     assert getattr(caught.value, "code", 143) == 143
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -478,7 +478,8 @@ def test_a_disk_that_is_full_keeps_the_checkpoint_before(disk, monkeypatch):
 
 
 LIMITED = """
-import resource, sys
+import resource, sys, torch
+torch.set_num_threads(1)
 sys.path.insert(0, "tests")
 from test_progress import Progress, trained
 pause = Progress.pause

@@ -91,7 +91,7 @@ def test_a_stopped_estimate_goes_on_and_ends_the_same(copy, monkeypatch, capsys)
     (copy / "evaluation-test.npz").unlink()
     counts.clear()
     stop = 3
-    assert call(f"evaluate {copy} --samples 40") == 1
+    assert call(f"evaluate {copy} --samples 40") == 130
     stop = 0
     assert (copy / "evaluation-test.part.npz").exists()
     assert call(f"evaluate {copy} --samples 40") == 0

@@ -307,3 +307,13 @@ def test_a_bound_that_is_nan_on_validation_data_stops():
     vae.posterior.network.hidden = Stumbling()
     with pytest.raises(FloatingPointError, match="bound on the validation data is NaN in epoch 1"):
         quiet(vae, normal_data(), epochs=2)
+
+
+@pytest.mark.parametrize("mode", ["eager", "captured"])
+def test_steps_are_left_out_where_a_program_is_prepared_anew(mode, vae):
+    """Captured, the smaller last batch is; Pyro's validation would refuse its scales."""
+    grey = data.load("digits", validation=0, view=data.threshold)  # 1437 rows
+    optimizer = partial(SGD, lr=1e6)
+    rows = quiet(vae, grey, epochs=1, batch_size=500, mode=mode, optimizer=optimizer,
+                 skip_nonfinite=9, warmup=0)  # fmt: skip
+    assert rows[0]["skipped"] >= 1
