@@ -60,8 +60,8 @@ class Graph:
     def compiled(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """Return the graph as a function, compiled by torch's inductor.
 
-        What `torch.compile` does before that is done already, and asking before each call
-        whether it still holds is what `CompiledSVI` does too, so that it is left out.
+        Dynamo, which `torch.compile` puts before it, is left out: there is a graph already, and
+        `CompiledSVI` asks itself before each step whether it still holds.
 
         Args:
             inputs: Tensors like those that it will be given.

@@ -312,10 +312,10 @@ def _packed(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return {"$tensor": where, "$strides": None if ordered else list(each.stride())}
     if isinstance(value, float):  # NumPy's, for one
         return float(value)
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+    if type(value) in (list, tuple):
         items = [_packed(each, f"{where}.{i}", tensors) for i, each in enumerate(value)]
         return items if type(value) is list else {"$tuple": items}
-    if isinstance(value, dict) and type(value) in (dict, Counter):
+    if type(value) in (dict, Counter):
         if not all(type(key) in (str, int) for key in value):
             raise TypeError(f"'{where[1:]}' has keys that are neither words nor whole numbers")
         pairs = [[key, _packed(each, f"{where}.{key}", tensors)] for key, each in value.items()]

@@ -272,9 +272,8 @@ def _same(run: Path, settings: Mapping[str, Any]) -> int:
     state = checkpoints.newest(run / "checkpoints")
     if state is None or settings["epochs"] != began.get("epochs"):
         return int(settings["epochs"])
-    return int(
-        state.get("epochs", settings["epochs"])
-    )  # which an earlier --resume may have extended
+    # Which an earlier --resume may have extended.
+    return int(state.get("epochs", settings["epochs"]))
 
 
 def _optimizer(part: Part, lr: float, parameters: Iterable[Tensor]) -> Optimizer:

@@ -6,6 +6,8 @@ __all__ = ["InferenceGap", "inference_gap"]
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -126,22 +128,21 @@ def inference_gap(
         loc, scale = z.mean(0), z.std(0).clamp(min=1e-4)
         weights = [programs.weights(batch, 50).mean(0) for _ in range(10)]
         amortized = torch.stack(weights).mean(0)
-    start = torch.zeros_like(loc), torch.zeros_like(loc)
-    diagonal = _fitted(programs, batch, loc, scale, list(start), steps, particles)
-    full = [*diagonal[1], loc.new_zeros(*loc.shape, latent)]
-    richer = _fitted(programs, batch, loc, scale, full, steps, particles)
+    fit = partial(_fitted, steps=steps, particles=particles)
+    single = partial(_gaussian_bound, programs, batch, loc, scale)
+    diagonal = fit(single, [torch.zeros_like(loc), torch.zeros_like(loc)])
+    richer = fit(single, [*diagonal[1], loc.new_zeros(*loc.shape, latent)])
     # A fit that went astray has not found the best of its family: what it began from is in it.
     optimized = torch.maximum(diagonal[0], amortized) if _diagonal(programs) else diagonal[0]
     best = torch.maximum(richer[0], optimized)
     if components > 1:
         with torch.no_grad():
             far = (_likely(programs, batch, components - 1) - loc) / scale
-        first = [torch.zeros_like(far), torch.zeros_like(far), far.new_zeros(*far.shape, latent)]
-        begun = [
-            torch.cat([a[None], b]) for a, b in zip(richer[1], [far, *first[1:]], strict=True)
-        ]
-        own = [*begun, loc.new_zeros(components, len(loc))]
-        best = torch.maximum(best, _fitted(programs, batch, loc, scale, own, steps, particles)[0])
+        others = far, torch.zeros_like(far), far.new_zeros(*far.shape, latent)
+        own = [torch.cat([one[None], more]) for one, more in zip(richer[1], others, strict=True)]
+        own.append(loc.new_zeros(components, len(loc)))
+        mixed = fit(partial(_mixture_bound, programs, batch, loc, scale), own)
+        best = torch.maximum(best, mixed[0])
     return InferenceGap(log_p, amortized, optimized, best, components)
 
 
@@ -153,44 +154,49 @@ def _diagonal(programs: Programs) -> bool:
 
 
 def _fitted(
-    programs: Programs,
-    batch: Batch,
-    loc: Tensor,
-    scale: Tensor,
-    start: list[Tensor],
+    value: Callable[[list[Tensor], int], Tensor],
+    start: Sequence[Tensor],
+    *,
     steps: int,
     particles: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Bound ``(N,)`` of Gaussians ``loc + scale (m + L e)`` that are fitted to each datum.
+    """The bound ``(N,)`` of laws that are fitted to each datum, and their numbers.
 
-    `start` holds m, the logarithms of the diagonal of L and, or not, what lies below it; or all
-    three for each component of a mixture, and the logarithms of their weights ``(C, N)``.
+    `value` gives it from the numbers, which begin at `start`, and a count of draws.
     """
     own = [each.detach().clone().requires_grad_() for each in start]
     adam = torch.optim.Adam(own, lr=0.05)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(steps, 1))
-
-    def value(count: int) -> Tensor:
-        if len(own) == 4:
-            return _mixture_bound(programs, batch, loc, scale, own, count)
-        noise = torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
-        moved = own[1].exp() * noise
-        if len(own) == 3:
-            moved = moved + torch.einsum("nij,knj->kni", own[2].tril(-1), noise)
-        z = loc + scale * (own[0] + moved)
-        entropy = (own[1] + scale.log()).sum(-1) + (1 + math.log(2 * math.pi)) / 2 * loc.shape[-1]
-        return programs.log_joint(batch, z).mean(0) + entropy
-
     with torch.enable_grad(), validation(False):
         for _ in range(steps):
-            gradients = torch.autograd.grad(-value(particles).sum(), own)
+            gradients = torch.autograd.grad(-value(own, particles).sum(), own)
             for each, gradient in zip(own, gradients, strict=True):
                 each.grad = gradient
             adam.step()
             falling.step()
     with torch.no_grad():
-        found = torch.stack([value(50) for _ in range(10)]).mean(0)
+        found = torch.stack([value(own, 50) for _ in range(10)]).mean(0)
     return found, [each.detach() for each in own]
+
+
+def _gaussian_bound(
+    programs: Programs, batch: Batch, loc: Tensor, scale: Tensor, own: list[Tensor], count: int
+) -> Tensor:
+    """Bound ``(N,)`` of Gaussians ``loc + scale (m + L e)``, by so many draws.
+
+    `own` holds m, the logarithms of the diagonal of L and, for a full covariance, what lies
+    below it.
+    """
+    centre, log_diagonal, *below = own
+    noise = torch.randn(count, *loc.shape, dtype=loc.dtype, device=loc.device)
+    moved = log_diagonal.exp() * noise
+    for each in below:
+        moved = moved + torch.einsum("nij,knj->kni", each.tril(-1), noise)
+    z = loc + scale * (centre + moved)
+    entropy = (log_diagonal + scale.log()).sum(-1) + (1 + math.log(2 * math.pi)) / 2 * loc.shape[
+        -1
+    ]
+    return programs.log_joint(batch, z).mean(0) + entropy
 
 
 def _likely(programs: Programs, batch: Batch, count: int) -> Tensor:
@@ -202,14 +208,12 @@ def _likely(programs: Programs, batch: Batch, count: int) -> Tensor:
 
 
 def _mixture_bound(
-    programs: Programs,
-    batch: Batch,
-    loc: Tensor,
-    scale: Tensor,
-    own: list[Tensor],
-    count: int,
+    programs: Programs, batch: Batch, loc: Tensor, scale: Tensor, own: list[Tensor], count: int
 ) -> Tensor:
-    """Bound ``(N,)`` of a mixture, from so many draws of each of its components."""
+    """Bound ``(N,)`` of a mixture of such, from so many draws of each of its components.
+
+    `own` holds the three for each component, and the logarithms of their weights ``(C, N)``.
+    """
     centre, log_diagonal, below, logits = own
     weight = logits.log_softmax(0)
     tril = below.tril(-1) + log_diagonal.exp().diag_embed()

@@ -63,11 +63,13 @@ def update(optimizer: Optimizer) -> None:
     The numbers and the state are those of ``optimizer.step()``, whose care for hooks, profilers
     and closures takes longer than the kernel of a small network.
     """
-    if not _bare(optimizer):
+    stepped = [
+        [p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups
+    ]
+    if not _bare(optimizer, stepped):
         optimizer.step()
         return
-    for group in optimizer.param_groups:
-        parameters = [each for each in group["params"] if each.grad is not None]
+    for group, parameters in zip(optimizer.param_groups, stepped, strict=True):
         states = [optimizer.state[each] for each in parameters]
         decoupled = type(optimizer) is AdamW or group.get("decoupled_weight_decay", False)
         with torch.no_grad():
@@ -90,21 +92,19 @@ def update(optimizer: Optimizer) -> None:
             )
 
 
-def _bare(optimizer: Optimizer) -> bool:
+def _bare(optimizer: Optimizer, stepped: Sequence[Sequence[Tensor]]) -> bool:
     """Whether the next step is the fused kernel of Adam and nothing else."""
     if type(optimizer) not in (Adam, AdamW) or _hooks(optimizer):
         return False
     if "step" in vars(optimizer) and not getattr(optimizer, "_opt_called", False):
         return False  # its schedule wants to see one step
-    for group in optimizer.param_groups:
-        if not group["fused"] or group["amsgrad"]:
-            return False
-        stepped = [each for each in group["params"] if each.grad is not None]
-        if not all(optimizer.state.get(each) for each in stepped):
-            return False
-        if len({(each.dtype, each.device) for each in stepped}) > 1:
-            return False
-    return True
+    return all(
+        group["fused"]
+        and not group["amsgrad"]
+        and all(optimizer.state.get(each) for each in parameters)
+        and len({(each.dtype, each.device) for each in parameters}) == 1
+        for group, parameters in zip(optimizer.param_groups, stepped, strict=True)
+    )
 
 
 def _hooks(optimizer: Optimizer) -> bool:

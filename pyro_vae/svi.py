@@ -79,7 +79,7 @@ class CompiledSVI:
             one fused optimiser where their options are plain; another `PyroOptim` is called with
             the parameters, as `pyro.infer.SVI` does.
         loss: One of Pyro's ELBO family, such as ``Trace_ELBO()``.
-        mode: ``"eager"``, ``"captured"``, or ``"compiled"`` by `torch.compile`, which takes some
+        mode: ``"eager"``, ``"captured"``, or ``"compiled"`` by torch's inductor, which takes some
             seconds at the first step. By default compiled where there is a compiler, and captured
             otherwise.
         validate: Whether first runs are under Pyro's validation, which also refuses values that
@@ -315,7 +315,7 @@ class CompiledSVI:
         except Exception as error:  # whatever a compiler may say
             reason = str(error).strip().partition("\n")[0]
             warnings.warn(
-                f"the program is captured and not compiled: torch.compile says {reason}",
+                f"the program is captured and not compiled: torch's inductor says {reason}",
                 stacklevel=6,
             )
             self.mode = "captured"

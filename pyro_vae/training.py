@@ -19,6 +19,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -175,11 +176,15 @@ def fit(
                 weight = min(now.step / (warmup * budget), 1.0) if warmup else 1.0
                 annealed.weight.fill_(weight)
                 loss = svi.loss_and_grads(x, *context)
-                norm = _norm(parameters) if clip < math.inf or skip_nonfinite else None
+                clipped = clip < math.inf
+                norm = (
+                    get_total_norm(_gradients(parameters)) if clipped or skip_nonfinite else None
+                )
                 now.mode = svi.mode
                 now.count(weight * len(x))
                 if watch.passes(loss, norm):
-                    _clip(parameters, clip, norm)
+                    if clipped and norm is not None:  # which by now is known to be a number
+                        clip_grads_with_norm_(parameters, clip, norm)
                     update(optim)
                     now.loss, now.seen = now.loss + loss, now.seen + len(x)
                 elif now.skips < skip_nonfinite:
@@ -310,21 +315,6 @@ def _put(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [each.grad for each in parameters if each.grad is not None]
-
-
-def _norm(parameters: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together."""
-    norms = torch._foreach_norm(_gradients(parameters))
-    return torch.linalg.vector_norm(torch.stack([each.to(norms[0]) for each in norms]))
-
-
-def _clip(parameters: Sequence[Tensor], clip: float, norm: Tensor | None) -> None:
-    """Scale gradients down to the norm `clip`, after their own norm has been seen."""
-    if norm is not None and clip < math.inf:
-        # By torch.nn.utils.clip_grad_norm_ one that is NaN would have spoiled all of them.
-        scale = (clip / (norm + 1e-6)).clamp(max=1.0)
-        for each in _gradients(parameters):
-            each.mul_(scale.to(each))
 
 
 def _check_kinds(data: Any, objective: Any, optimizer: Any) -> None:
