@@ -23,6 +23,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import checkpoints, commands, reports, runs
+from pyro_vae.distributed import Ranks, joined, restarted
 from pyro_vae.parts import KINDS, Part, find, named
 from pyro_vae.progress import Stopped
 
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 _GIVEN = {"latent", "shape", "encoder", "decoder", "posterior", "data", "params", "lr"}
 _GIVEN |= {"optimizer"}
 _POSITIONAL = {"run", "runs", "name"}
+_TOGETHER = {"train", "evaluate"}  # what several processes can do
 _ALLOW = "Module of your own, one for each --allow, that"
 _WORDS = {
     "int": "a whole number",
@@ -73,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = COMMANDS.get(name)
         if command is None:
             raise ValueError(f"unknown command '{name}'{_near(name, COMMANDS)}")
-        command(**_parsed(name, command, given[1:]))
+        with joined() as ranks, _silent(not ranks.first):
+            if ranks.size > 1 and name not in _TOGETHER:
+                raise ValueError(f"'{name}' is done by one process; run it without torchrun")
+            command(**_parsed(name, command, _again(given[1:], ranks)))
     except KeyboardInterrupt as stopped:
         return _failed(130, str(stopped) or "stopped; what was finished, if anything, is kept")
     except Stopped as stopped:
@@ -98,8 +103,22 @@ def _failed(status: int, error: str | Exception) -> int:
         message = f"cannot read or write{place}: {error.strerror}"
     elif not isinstance(error, (str, *_EXPECTED)):
         message = f"{type(error).__name__}: {message}; PYRO_VAE_TRACEBACK=1 shows where"
-    print(f"pyro-vae: {' '.join(message.split())}", file=sys.stderr)
+    rank = Ranks.here().rank
+    if rank and status in (130, 143):  # which all processes come to, and the first one says
+        return status
+    which = f" (process {rank})" if rank else ""
+    print(f"pyro-vae{which}: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def _silent(silent: bool) -> Iterator[None]:
+    """Print nothing, where another process does."""
+    if not silent:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _overview() -> str:
@@ -219,6 +238,32 @@ def _add(parser: ArgumentParser, target: Callable[..., Any]) -> None:
 def _path(name: str, kind: str) -> str:
     found = find(name, kind)
     return f"{found.__module__}.{found.__qualname__}"
+
+
+def _again(given: list[str], ranks: Ranks) -> list[str]:
+    """Options that go on with the run, where torchrun has started its processes again."""
+    out, resume = _values(given, "out"), _values(given, "resume")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not (out or resume):
+        raise ValueError("give --out under --max-restarts, which names the run to go on with")
+    if not restarted() or not out:
+        return given
+    begun = (Path(out[-1]) / "config.yaml").is_file()  # as the first process sees it
+    if not any(ranks.send(bytes([begun]))):
+        return given
+    # What the user has named is in the configuration now, and as much to be trusted as before.
+    named = [name.rpartition(".")[0] for kind in KINDS for name in _values(given, kind)]
+    allowed = [word for module in named if module for word in ("--allow", module)]
+    return [*_without(given, ("out", "config")), *allowed, "--resume", out[-1]]
+
+
+def _without(given: list[str], options: Sequence[str]) -> list[str]:
+    """Leave out some options with their values."""
+    kept, taken = list[str](), False
+    for word in given:
+        if word.startswith("--"):
+            taken = word.partition("=")[0].removeprefix("--") in options
+        kept += [] if taken else [word]
+    return kept
 
 
 def _resumed(given: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ __all__ = ["data", "train"]
 import contextlib
 import inspect
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from pyro_vae import checkpoints
 from pyro_vae.data import SOURCES, Data, folder, load
+from pyro_vae.distributed import Ranks
 from pyro_vae.optimizers import fused
 from pyro_vae.parts import Blueprint, Part, find, make
 from pyro_vae.runs import (
@@ -114,7 +116,7 @@ def train(
         schedule: Learning-rate schedule from torch.optim.lr_scheduler, advanced each epoch.
         lr: Learning rate.
         epochs: Passes over the training data.
-        batch_size: Data in a step.
+        batch_size: Data in a step, of each process where there are several.
         warmup: Fraction of all steps over which the weight of the KL rises from 0 to 1.
         clip: Greatest norm of all gradients together.
         patience: Stop after so many epochs without a better bound on the validation data.
@@ -138,7 +140,11 @@ def train(
     settings["data_dir"] = data_dir and str(Path(data_dir).expanduser().resolve())
     if resume is not None:
         epochs = settings["epochs"] = _same(Path(resume), settings)
-    place = device_of(device)
+    ranks, place = Ranks.here(), device_of(device)
+    if ranks.size > 1 and place.index is not None:
+        raise ValueError(
+            f"--device {device} is one GPU for all processes; give cuda, and each takes its own"
+        )
     dataset = dataset_of(settings)
     blueprint = Blueprint(
         shape=dataset.shape,
@@ -163,17 +169,23 @@ def train(
     if output_bias:
         vae.likelihood.centre(dataset.train.mean())  # type: ignore[operator]
     vae.to(place)
-    run = Path(resume or settings["out"] or _free(dataset.name))
+    chosen = resume or settings["out"] or _free(dataset.name)
+    run = Path(os.fsdecode(ranks.send(os.fsencode(chosen))))
     del settings["out"]
     settings["threads"] = _default_threads(vae, batch_size) if threads is None else threads
     if mode is None:  # one mode for one run, and for those that repeat it
-        settings["mode"] = mode_for(epochs * math.ceil(len(dataset.train) / batch_size))
-    begun = _begun(run, settings, blueprint) if resume is None else contextlib.nullcontext()
+        settings["mode"] = mode_for(
+            epochs * math.ceil(len(dataset.train) // ranks.size / batch_size)
+        )
+    begins = ranks.first and resume is None
+    begun = _begun(run, settings, blueprint) if begins else contextlib.nullcontext()
     with _threads(settings["threads"]), begun:
-        if not (run / "model.json").exists():  # stopped as soon as it had begun
+        if ranks.first and not (run / "model.json").exists():  # stopped as soon as it had begun
             checkpoints.describe(run, blueprint)
         print(f"{_summary(dataset)}, binarisation: {settings['binarisation']}")
         print(_described(vae, blueprint))
+        if ranks.size > 1:
+            print(f"{ranks.size} processes, each with batches of {batch_size} of its own data")
         aim = make(objective, "objective")
         if not getattr(aim, "is_bound", True):
             print(
@@ -199,6 +211,8 @@ def train(
             checkpoint=checkpoint,
             skip_nonfinite=skip_nonfinite,
         )
+    if not ranks.first:
+        return
     shown = (dataset.test if len(dataset.test) else dataset.train).to(place)
     finished = Run(str(run), device=device)
     if len(dataset.test):

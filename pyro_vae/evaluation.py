@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_vae.distributed import Ranks
 from pyro_vae.importance import unscaled
 from pyro_vae.scoring import (
     Batch,
@@ -28,6 +29,8 @@ from pyro_vae.scoring import (
     worded,
 )
 from pyro_vae.splits import Split
+
+_ALONE = Ranks()
 
 
 class Bound(NamedTuple):
@@ -59,7 +62,13 @@ class Bound(NamedTuple):
 
 
 @torch.no_grad()
-def bound(pair: Pair, batches: Iterable[tuple[Tensor, ...]], *, particles: int = 1) -> Bound:
+def bound(
+    pair: Pair,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    particles: int = 1,
+    ranks: Ranks = _ALONE,
+) -> Bound:
     """Estimate the evidence lower bound, weight 1, of each datum.
 
     Equation 7 of Auto-Encoding Variational Bayes (Kingma & Welling, 2013): an unbiased
@@ -71,6 +80,7 @@ def bound(pair: Pair, batches: Iterable[tuple[Tensor, ...]], *, particles: int =
         pair: Module with methods ``model`` and ``guide``.
         batches: Batches ``(x, *context)`` that cover the data once.
         particles: Draws for each datum.
+        ranks: Processes that have batches of their own each; every one gets the bound of all.
 
     Raises:
         ValueError: Fewer than one particle, no data, or data that the programs do not take.
@@ -86,8 +96,9 @@ def bound(pair: Pair, batches: Iterable[tuple[Tensor, ...]], *, particles: int =
         shared.append(torch.stack([total for _, total in draws]).mean(0))
     if not halves:
         raise ValueError("there are no data to evaluate")
-    local = torch.cat(halves, -1)
-    reconstruction, kl = local + torch.stack(shared).mean(0)[:, None] / local.shape[-1]
+    local = ranks.gather(torch.cat(halves, -1).T).T
+    total = ranks.gather(torch.stack(shared)).mean(0)
+    reconstruction, kl = local + total[:, None] / local.shape[-1]
     return Bound(reconstruction, kl)
 
 

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae import checkpoints
+from pyro_vae.distributed import Ranks
 from pyro_vae.identity import (
     generators,
     numbers,
@@ -111,7 +112,8 @@ class Progress:
     weights.
 
     A checkpoint has weights, buffers, optimiser, schedule, objective, the best weights, every
-    random generator under the number of its process, which is 0, and a `Standing`.
+    random generator under the rank of its process, and a `Standing`. Of several processes the
+    first alone reads and writes, and what each does not have it is sent.
 
     Args:
         pair: What is trained.
@@ -125,6 +127,7 @@ class Progress:
         run: Folder of the run.
         resume: Whether to go on with the run in that folder; without one it begins.
         interval: Seconds between checkpoints.
+        ranks: The processes that train together.
     """
 
     def __init__(
@@ -141,13 +144,14 @@ class Progress:
         run: str | Path | None,
         resume: bool,
         interval: float,
+        ranks: Ranks,
     ) -> None:
         self.pair, self.optimizer, self.schedule, self.objective = (
             pair, optimizer, schedule, objective,
         )  # fmt: skip
         self.generator, self.now, self.settings, self.epochs = generator, now, settings, epochs
         self.folder, self.resume, self.interval = Path(run) if run else None, resume, interval
-        self.device = generator.device
+        self.ranks, self.device = ranks, generator.device
         self.best: dict[str, Tensor] = {}
         self.signal: int | None = None
         self._handlers: dict[int, Any] = {}
@@ -158,8 +162,8 @@ class Progress:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to `pause`."""
-        overdue = time.monotonic() - self._saved >= self.interval
+        """Whether it is time to `pause`, which all processes then do together."""
+        overdue = self.ranks.first and time.monotonic() - self._saved >= self.interval
         return self.folder is not None and (self.signal is not None or overdue)
 
     def batches(self, data: Data, size: int) -> Iterator[tuple[Tensor, ...]]:
@@ -204,7 +208,7 @@ class Progress:
         if not self.best or elbo > self.now.best_elbo or elbo == math.inf:
             self.now.best_elbo, self.now.best_epoch = elbo, int(row["epoch"])
             self.best = {key: value.clone() for key, value in self.pair.state_dict().items()}
-            if self.folder:
+            if self.folder and self.ranks.first:
                 checkpoints.save(self.pair, self.folder / "best.safetensors")
 
     def close(self, row: Metrics) -> None:
@@ -225,7 +229,8 @@ class Progress:
             if self.folder:
                 # Where a disk is full, that it is so is said once, by the first to notice.
                 with contextlib.suppress(OSError) if failed else contextlib.nullcontext():
-                    checkpoints.save(self.pair, self.folder / "last.safetensors")
+                    if self.ranks.first:
+                        checkpoints.save(self.pair, self.folder / "last.safetensors")
                     if not failed:
                         self._save()
             if self.best and not failed:
@@ -235,21 +240,26 @@ class Progress:
 
     def _open(self, folder: Path, stack: contextlib.ExitStack) -> None:
         """Take possession of the folder, and go on with what is in it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(_claimed(folder, self.resume))
-        states = folder / "checkpoints"
-        for leftover in (*folder.glob("*.part"), *states.glob("*.part")):
-            leftover.unlink()
-        found = checkpoints.newest(states) if self.resume else None
-        if found is None and file.read(1):
-            raise ValueError(
-                f"'{folder}' has no checkpoint to go on from; train anew in another folder, from "
-                f"the command line by --config {folder / 'config.yaml'}"
-            )
-        if found:
+        states, found = folder / "checkpoints", None
+        if self.ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(_claimed(folder, self.resume))
+            for leftover in (*folder.glob("*.part"), *states.glob("*.part")):
+                leftover.unlink()
+            found = checkpoints.newest(states) if self.resume else None
+            if found is None and file.read(1):
+                raise ValueError(
+                    f"'{folder}' has no checkpoint to go on from; train anew in another folder, "
+                    f"from the command line by --config {folder / 'config.yaml'}"
+                )
+        if found := self._sent(found):
             self._restore(found)
-            if self.best:
-                checkpoints.save_state(self.best, folder / "best.safetensors")
+        if not self.ranks.first:
+            self._save()
+            self._listen(stack)
+            return
+        if self.best:
+            checkpoints.save_state(self.best, folder / "best.safetensors")
         states.mkdir(exist_ok=True)
         try:
             self._save()
@@ -263,6 +273,13 @@ class Progress:
         self._saved = -math.inf  # the optimiser has its state from the first step on
         self._write = stack.enter_context(_rows(file, folder, self.now))
         self._listen(stack)
+
+    def _sent(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What the first process has found, in all of them."""
+        if self.ranks.size == 1:
+            return state
+        raw = self.ranks.send(checkpoints.encode(state) if state else b"")
+        return checkpoints.decode(raw) if raw else None
 
     def _listen(self, stack: contextlib.ExitStack) -> None:
         """Let SIGINT and SIGTERM be heeded at the end of the step."""
@@ -280,18 +297,22 @@ class Progress:
         signal.signal(number, self._handlers[number])  # the second time it is not waited for
 
     def _stop(self) -> None:
-        if self.signal is None:
+        number = max(self.ranks.collect(bytes([self.signal or 0])))[0]
+        if not number:
             return
         ways = [f"fit(..., run='{self.folder}', resume=True)"]
         if self.folder and (self.folder / "config.yaml").exists():
             ways = [f"`pyro-vae train --resume {self.folder}`, in Python by {ways[0]}"]
         said = f"stopped after step {self.now.step}; go on by {ways[0]}"
-        raise Stopped(said) if self.signal == signal.SIGTERM else KeyboardInterrupt(said)
+        raise Stopped(said) if number == signal.SIGTERM else KeyboardInterrupt(said)
 
     def _save(self) -> None:
         assert self.folder is not None
+        state = self._state()
+        if not self.ranks.first:
+            return
         try:
-            checkpoints.keep(self.folder / "checkpoints", self.now.step, self._state())
+            checkpoints.keep(self.folder / "checkpoints", self.now.step, state)
         except TypeError as error:
             raise TypeError(
                 f"this run could not be resumed: {error}; choose another optimizer, schedule or "
@@ -316,8 +337,15 @@ class Progress:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict() if self.schedule else None,
             "objective": numbers(self.objective),
-            "generators": {"0": {"order": order, **generators(self.device)}},
+            "generators": self._collected({"order": order, **generators(self.device)}),
         }
+
+    def _collected(self, own: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The states of the generators of every process, by its rank."""
+        if self.ranks.size == 1:
+            return {"0": own}
+        raw = self.ranks.collect(checkpoints.encode({"format": checkpoints.FORMAT, **own}))
+        return {str(rank): checkpoints.decode(each) for rank, each in enumerate(raw)}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -354,17 +382,18 @@ class Progress:
         if isinstance(now.loss, Tensor):
             now.loss = now.loss.to(self.device)
         vars(self.now).update(vars(now))
-        own = state["generators"]["0"]
+        own = state["generators"][str(self.ranks.rank)]
         self._order = own["order"]
         self.generator.set_state(self._order)
         set_generators(own, self.device)
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """Refuse what would not be the same run, and say what cannot be exactly the same."""
+        began = {"processes": 1, **state["settings"]}  # which earlier versions do not name
         for key, new in self.settings.items():
             if new is None and key == "mode":  # that which the run has
                 continue
-            where, was, is_now = _apart(key, state["settings"].get(key), new)
+            where, was, is_now = _apart(key, began.get(key), new)
             if was != is_now:
                 shown = "" if key in ("data", "weights") else f": it was {was} and is {is_now}"
                 raise ValueError(

@@ -10,6 +10,7 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from pyro_vae import checkpoints, plots
 from pyro_vae.diagnostics import calibration, decompose
+from pyro_vae.distributed import Ranks
 from pyro_vae.evaluation import Estimate, bound, log_likelihood
 from pyro_vae.parts import KINDS, Part
 from pyro_vae.runs import Run, SplitName, dataset_batches, print_paths, score
@@ -46,7 +48,8 @@ def evaluate(
     """Print what a run is worth: the bound and its parts, L_K with its errors, calibration.
 
     Arrays of each datum and pictures go to the run's folder. An estimate that was stopped
-    goes on where it was.
+    goes on where it was. Processes started by torchrun share L_K, which is the same for any
+    number of them, and the first one does the rest.
 
     Args:
         run: The run.
@@ -60,11 +63,17 @@ def evaluate(
     vae, part = run.vae(), run.split(split)
     if samples < 0:
         raise ValueError(f"L_K takes 1 sample or more, or 0 to leave it out, not {samples}")
+    first = Ranks.here().first
     if not samples and not json:
-        print(score(vae, part, split, particles=particles))
+        if first:
+            print(score(vae, part, split, particles=particles))
         return
     batches = list(dataset_batches(part))
     batch = tuple(torch.cat(columns) for columns in zip(*batches, strict=True))
+    estimate = _estimated(run, vae, batch, split, samples, part.level) if samples else None
+    if not first:
+        return
+    pyro.set_rng_seed(run.seed)
     halves = bound(vae, batches, particles=particles)
     found: dict[str, Any] = {
         "run": run.run,
@@ -75,8 +84,7 @@ def evaluate(
     }
     arrays = {key: getattr(halves, key).numpy(force=True) for key in ("reconstruction", "kl")}
     pictures = {}
-    if samples:
-        estimate = _estimated(run, vae, batch, split, samples, part.level)
+    if estimate:
         found |= {f"L_{samples}_{key}": value for key, value in estimate.summary().items()}
         found[f"L_{samples}"] = found.pop(f"L_{samples}_L_{samples}")
         found["bits_per_dimension"] = estimate.bits_per_dimension
@@ -175,22 +183,42 @@ def _estimated(
 ) -> Estimate:
     """L_K of all data, block by block, going on with the blocks that are there."""
     path = Path(run.run) / f"evaluation-{split}.part.npz"
+    ranks = Ranks.here()
     key, size = _key(run, split, samples, batch), len(batch[0])
     kept = _read(path, key) or _read(path.with_name(f"evaluation-{split}.npz"), key)
     done = [_restored(kept, samples)] if kept else []
     start = len(done[0].log_likelihood) if done else 0
-    with tqdm(total=size, initial=start, unit="datum", desc=f"L_{samples}", leave=False) as bar:
+    shown = f"L_{samples}" if ranks.first else ""
+    with tqdm(
+        total=size, initial=start, unit="datum", desc=shown, leave=False, disable=not shown
+    ) as bar:
         while start < size:
-            pyro.set_rng_seed(run.seed + start)  # a resumed estimate is the same
-            rows = tuple(tensor[start : start + _BLOCK] for tensor in batch)
+            mine = min(start + ranks.rank * _BLOCK, size)
+            pyro.set_rng_seed(run.seed + mine)  # so that it is the same however it is shared out
+            rows = tuple(tensor[mine : mine + _BLOCK] for tensor in batch)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "the importance weights")
-                done.append(log_likelihood(vae, rows, samples=samples, level=level))
-            start += len(rows[0])
-            bar.update(len(rows[0]))
-            _write(path, _kept(Estimate.joined(done)), key)
-    path.unlink(missing_ok=True)
+                done.append(_gathered(vae, rows, samples, level, ranks))
+            start += len(done[-1].log_likelihood)
+            bar.update(len(done[-1].log_likelihood))
+            if ranks.first:
+                _write(path, _kept(Estimate.joined(done)), key)
+    if ranks.first:
+        path.unlink(missing_ok=True)
     return Estimate.joined(done)
+
+
+def _gathered(vae: VAE, rows: Batch, samples: int, level: float | None, ranks: Ranks) -> Estimate:
+    """The estimates of a block of data from each process, of which the last may have none."""
+    found = None
+    if len(rows[0]):
+        found = log_likelihood(vae, rows, samples=samples, level=level)
+    if ranks.size == 1 and found:
+        return found
+    own = torch.stack([getattr(found, name) for name in _ARRAYS], -1) if found else None
+    together = ranks.gather(rows[0].new_zeros(0, 4, dtype=torch.float64) if own is None else own)
+    values: dict[str, Any] = dict(zip(_ARRAYS, together.unbind(-1), strict=True))
+    return replace(found, **values) if found else Estimate(**values, samples=samples)
 
 
 def _kept(estimate: Estimate) -> dict[str, Array]:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from pyro_vae.distributed import Exchange, Ranks
 from pyro_vae.evaluation import bound
 from pyro_vae.identity import settings
 from pyro_vae.objectives import BetaELBO
@@ -108,7 +109,8 @@ def fit(
         ValueError: Settings or data that do not fit, found before the first step; a run that
             was begun otherwise, or whose checkpoints are damaged.
         FileExistsError: The folder holds another run, or another process trains in it.
-        OSError: The folder cannot be written to. Earlier checkpoints stay.
+        OSError: The folder cannot be written to, or another process of the job has ended.
+            Earlier checkpoints stay.
         KeyboardInterrupt: Ctrl-C; a checkpoint was written.
         SystemExit: SIGTERM, likewise, with exit status 143.
         FloatingPointError: The loss or a gradient is NaN or infinite. The weights are those
@@ -124,7 +126,8 @@ def fit(
         [1437, 2874]
     """
     _check_kinds(data, objective, optimizer)
-    _check_settings(len(data.train), epochs, batch_size, warmup, clip, patience)
+    ranks = Ranks.here()
+    _check_settings(len(data.train) // ranks.size, epochs, batch_size, warmup, clip, patience)
     _check_care(run, resume, checkpoint, skip_nonfinite)
     if patience and not len(data.validation):
         raise ValueError("patience needs a validation split, whose bound it watches")
@@ -132,7 +135,8 @@ def fit(
     if not parameters:
         raise ValueError("there is nothing to train: every parameter is frozen")
     device = parameters[0].device
-    data = data.map(lambda part: part.to(device))
+    ranks.align(pair)
+    whole, data = data, ranks.shard(data).map(lambda part: part.to(device))
     generator = torch.Generator(device).manual_seed(seed)
     for part in data.splits[:2]:
         for batch in _fixed(part):
@@ -146,15 +150,17 @@ def fit(
     scheduler = schedule(optim) if schedule else None
     batches = math.ceil(len(data.train) / batch_size)
     plain = {"batch_size": batch_size, "warmup": warmup, "clip": clip, "patience": patience}
+    plain["processes"] = ranks.size
     state = Progress(
         pair, optim, scheduler, objective, generator,
         now=Standing(epochs, mode or mode_for(epochs * batches)),
         settings=settings(
-            pair, data, objective, optim, scheduler, seed=seed, mode=mode, **plain
+            pair, whole, objective, optim, scheduler, seed=seed, mode=mode, **plain
         ),
-        epochs=epochs, run=run, resume=resume, interval=60 * checkpoint,
+        epochs=epochs, run=run, resume=resume, interval=60 * checkpoint, ranks=ranks,
     )  # fmt: skip
-    with state, _bar(epochs * len(data.train), progress) as bar, _quiet():
+    rows = ranks.size * len(data.train)
+    with state, _bar(epochs * rows, progress and ranks.first) as bar, _quiet():
         now = state.now
         stored = _Stored(annealed if warmup else objective, data.train)
         # Pair and objective are checked already, and a run that goes on may skip its next step.
@@ -162,10 +168,12 @@ def fit(
             pair.model, pair.guide, lambda _: optim, stored, mode=now.mode, validate=False
         )
         waits = device.type != "cpu" and not skip_nonfinite
-        watch = _Watch(parameters, list(pair.buffers()), waits=waits, keeps=skip_nonfinite > 0)
+        buffers = list(pair.buffers())
+        watch = _Watch(parameters, buffers, waits=waits, keeps=skip_nonfinite > 0)
+        exchange = Exchange(ranks, parameters, buffers)
         budget = now.planned * batches  # of which the warm-up is a part, however long it goes on
         done = min(now.batch * batch_size, len(data.train))
-        bar.update((now.epoch - 1) * len(data.train) + done)
+        bar.update((now.epoch - 1) * rows + ranks.size * done)
         for epoch in range(now.epoch, epochs + 1):
             calm = epoch - 1 - max(now.best_epoch, math.ceil(warmup * now.planned))
             if patience and calm >= patience:
@@ -176,41 +184,43 @@ def fit(
                 weight = min(now.step / (warmup * budget), 1.0) if warmup else 1.0
                 annealed.weight.fill_(weight)
                 loss = svi.loss_and_grads(x, *context)
+                now.mode = svi.mode
+                now.count(weight * len(x))
+                seen = ranks.size * len(x)
+                loss, due = exchange(loss, state.due)
                 clipped = clip < math.inf
                 norm = (
                     get_total_norm(_gradients(parameters)) if clipped or skip_nonfinite else None
                 )
-                now.mode = svi.mode
-                now.count(weight * len(x))
                 if watch.passes(loss, norm):
                     if clipped and norm is not None:  # which by now is known to be a number
                         clip_grads_with_norm_(parameters, clip, norm)
                     update(optim)
-                    now.loss, now.seen = now.loss + loss, now.seen + len(x)
+                    now.loss, now.seen = now.loss + loss, now.seen + seen
                 elif now.skips < skip_nonfinite:
                     now.skipped += 1
                     watch.undo()
                 else:
                     batch = data.train.scored(x), *context
                     raise watch.failed(_diagnosis(pair, batch, now, exact=True))
-                bar.update(len(x))
-                if state.due:
+                bar.update(seen)
+                if due:
                     watch.check(lambda: _diagnosis(pair, data.train[:batch_size].batch(), now))
                     state.pause()
             watch.check(lambda: _diagnosis(pair, data.train[:batch_size].batch(), now))
             row: Metrics = {
                 "epoch": epoch,
-                "samples": epoch * len(data.train),
+                "samples": epoch * rows,
                 "loss": float(now.loss) / now.seen if now.seen else math.nan,
                 "weight": now.weight / len(data.train),
                 "learning_rate": float(optim.param_groups[0]["lr"]),
-                "images_per_second": len(data.train) / state.seconds,
+                "images_per_second": rows / state.seconds,
             }
             if skip_nonfinite:
                 row["skipped"] = now.skipped
             if len(data.validation):
                 pair.eval()
-                row |= bound(pair, _fixed(data.validation)).summary()
+                row |= bound(pair, _fixed(data.validation), ranks=ranks).summary()
             state.close(row)
             state.offer(row)
             bar.set_postfix(

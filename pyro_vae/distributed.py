@@ -1,0 +1,257 @@
+"""Several processes: which of them this one is, its share of the data, and what they add up."""
+
+from __future__ import annotations
+
+__all__ = ["Exchange", "Ranks", "joined", "restarted"]
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import pyro
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+
+from pyro_vae.splits import Data, Split
+
+_WAIT = timedelta(minutes=10)  # for a process that neither answers nor has ended
+_ASKED = 64  # steps between looks at a GPU's buffer, each of which waits for the GPU
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that do one piece of work together, and which of them this one is.
+
+    Attributes:
+        rank: Number of this process, from 0; the first alone writes files.
+        size: Number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def here() -> Ranks:
+        """Those of `torch.distributed`, where a process group was made; else this one alone."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return Ranks()
+        return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def shard(self, data: Data) -> Data:
+        """This process's share of the data.
+
+        Shares are consecutive rows. Those of the training split are of one length, so that all
+        processes take the same steps, and the last ``N % size`` rows are in none of them.
+
+        Raises:
+            ValueError: A split has fewer rows than there are processes.
+        """
+        if self.size == 1:
+            return data
+        for name, part in zip(("training", "validation"), data.splits, strict=False):
+            if 0 < len(part) < self.size:
+                raise ValueError(
+                    f"{len(part)} {name} data cannot be shared out among {self.size} processes; "
+                    f"use fewer"
+                )
+        each = len(data.train) // self.size
+        train = data.train[self.rank * each : (self.rank + 1) * each]
+        return Data(train, self._share(data.validation), self._share(data.test), data.name)
+
+    def _share(self, part: Split) -> Split:
+        """This process's share of all rows."""
+        begin, end = (len(part) * k // self.size for k in (self.rank, self.rank + 1))
+        return part[begin:end]
+
+    def align(self, pair: nn.Module) -> None:
+        """Give every process the first one's weights and buffers, and draws of its own.
+
+        The first draws a seed from torch's generator; rank r seeds all of its generators by that
+        number plus r, while the first goes on with its own.
+        """
+        if self.size == 1:
+            return
+        with torch.no_grad(), _answering():
+            for tensor in (*pair.parameters(), *pair.buffers()):
+                value = tensor.contiguous()
+                distributed.broadcast(value, 0)
+                tensor.copy_(value)
+        seed = int.from_bytes(self.send(int(torch.randint(2**31, ())).to_bytes(4, "big")), "big")
+        if not self.first:
+            pyro.set_rng_seed(seed + self.rank)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes one after the other, whose numbers may differ.
+
+        Args:
+            rows: Those of this process, ``(n, *shape)``.
+        """
+        if self.size == 1:
+            return rows
+        counts = self._sizes(len(rows), rows.device)
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        with _answering():
+            distributed.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def send(self, content: bytes) -> bytes:
+        """What the first process gives, in all of them."""
+        return self.collect(content if self.first else b"")[0]
+
+    def collect(self, content: bytes) -> list[bytes]:
+        """What each process gives, in all of them, by rank."""
+        if self.size == 1:
+            return [content]
+        rows = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)[: len(content)]
+        rows = rows.to(_device())
+        counts = self._sizes(len(rows), rows.device)
+        return [bytes(part.tolist()) for part in self.gather(rows).cpu().split(counts)]
+
+    def _sizes(self, size: int, device: torch.device) -> list[int]:
+        sizes = torch.zeros(self.size, dtype=torch.long, device=device)
+        sizes[self.rank] = size
+        with _answering():
+            distributed.all_reduce(sizes)
+        return [int(each) for each in sizes]
+
+
+class Exchange:
+    """What the processes tell each other after each step, in one buffer.
+
+    Gradients become their means over the processes and the loss their sum. Buffers, such as the
+    statistics of batch normalisation, become those of the first process, so that weights and
+    buffers are always the same in all. One process alone leaves all as it is.
+
+    Args:
+        ranks: The processes.
+        parameters: Whose gradients are averaged; one that has none counts as 0.
+        buffers: Whatever else a step may change.
+
+    Example:
+        >>> loss, due = Exchange(Ranks(), [], [])(torch.tensor(2.0), False)
+        >>> float(loss), due
+        (2.0, False)
+    """
+
+    def __init__(
+        self, ranks: Ranks, parameters: Sequence[Tensor], buffers: Sequence[Tensor]
+    ) -> None:
+        self.ranks, self.parameters, self._steps = ranks, parameters, 0
+        if ranks.size == 1:
+            return
+        self.buffers = [each for each in buffers if each.is_floating_point()]
+        shared = [*parameters, *self.buffers]
+        dtype = torch.float32
+        for each in shared:
+            dtype = torch.promote_types(dtype, each.dtype)
+        sizes = [each.numel() for each in shared]
+        self.flat = torch.zeros(sum(sizes) + 2, dtype=dtype, device=parameters[0].device)
+        *views, self.ends = self.flat.split([*sizes, 2])
+        # With the strides of what they stand for, which fused optimisers rely on.
+        strides = [torch.empty_like(each, device="meta").stride() for each in shared]
+        views = [
+            view.as_strided(each.shape, stride)
+            for view, each, stride in zip(views, shared, strides, strict=True)
+        ]
+        self.gradients, self.stored = views[: len(parameters)], views[len(parameters) :]
+        self.slopes = self.flat[: sum(sizes[: len(parameters)])]
+
+    @torch.no_grad()
+    def __call__(self, loss: Tensor, due: bool) -> tuple[Tensor, bool]:
+        """Return the sum of the losses, and whether something is due in any process.
+
+        On a GPU the latter is asked for at every 64th step only, since the answer is waited for.
+
+        Raises:
+            ConnectionError: Another process has ended, or is out of reach.
+        """
+        if self.ranks.size == 1:
+            return loss, due
+        for view, each in zip(self.gradients, self.parameters, strict=True):
+            view.zero_() if each.grad is None else view.copy_(each.grad)
+        for view, each in zip(self.stored, self.buffers, strict=True):
+            view.copy_(each) if self.ranks.first else view.zero_()
+        self.ends[0], self.ends[1] = loss, float(due)
+        with _answering():
+            distributed.all_reduce(self.flat)
+        self.slopes /= self.ranks.size
+        for view, each in zip(self.gradients, self.parameters, strict=True):
+            each.grad = view.to(each.dtype)
+        for view, each in zip(self.stored, self.buffers, strict=True):
+            each.copy_(view)
+        self._steps += 1
+        asked = self.flat.device.type == "cpu" or self._steps % _ASKED == 0
+        return self.ends[0].double(), asked and bool(self.ends[1] > 0)
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the processes that torchrun has started, by NCCL on GPUs and by Gloo on CPUs.
+
+    Outside of torchrun, or of a group of processes that exists already, nothing is done. The
+    first GPU of `torch` is that of this process's place on its machine.
+
+    Raises:
+        ConnectionError: The others cannot be reached.
+
+    Example:
+        >>> with joined() as ranks:
+        ...     print(ranks)
+        Ranks(rank=0, size=1)
+    """
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ
+    if alone or distributed.is_initialized():
+        yield Ranks.here()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    with _answering():
+        store, rank, size = next(rendezvous("env://", timeout=_WAIT))
+        # torchrun may keep its store from one start to the next, with the addresses of before.
+        store = PrefixStore(f"start {_starts()}", store)
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=_WAIT
+        )
+    yield Ranks.here()
+    distributed.destroy_process_group()  # where all is well: a failing process ends at once
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again, after one of the job had died."""
+    return _starts() > 0
+
+
+def _starts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _device() -> torch.device:
+    """Where messages lie: in CPU memory, if the group can send from there."""
+    cpu = "gloo" in str(distributed.get_backend_config())
+    return torch.device("cpu" if cpu else "cuda")
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[None]:
+    """Turn what torch says of a process that does not answer into one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split())).partition(". ")[0]
+        raise ConnectionError(
+            f"another process of this job has ended or is out of reach, and its own message says "
+            f"why; what was kept can be gone on with by --resume ({reason})"
+        ) from error
