@@ -228,6 +228,11 @@ def _resumed(given: list[str]) -> list[str]:
     path = Path(runs[-1]) / "config.yaml"
     if _values(given, "config"):
         raise ValueError("--resume takes the configuration of its run; leave out --config")
+    if checkpoints.of_python(runs[-1]):
+        raise FileNotFoundError(
+            f"'{runs[-1]}' was trained from Python; go on with it there, by "
+            f"fit(..., run='{runs[-1]}', resume=True)"
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"'{runs[-1]}' is no run to go on with: there is no file '{path.name}' in it"

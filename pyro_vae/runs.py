@@ -153,7 +153,8 @@ class Run:
         """What the run's config.yaml says; what is amiss while it is used is said of that file."""
         path = Path(self.run) / "config.yaml"
         if not path.is_file():
-            raise FileNotFoundError(f"'{self.run}' has no config.yaml, which names its data")
+            why = ", since it was trained from Python" if checkpoints.of_python(self.run) else ""
+            raise FileNotFoundError(f"'{self.run}' has no config.yaml, which names its data{why}")
         try:
             content = path.read_text()
             checkpoints.check_header(content, path)

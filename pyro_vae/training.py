@@ -94,7 +94,8 @@ def fit(
         seed: Seed of the order; z and the binarisation are drawn from torch's own generator.
         mode: How the programs run, as for `CompiledSVI`; by default what is soonest done with so
             many steps, which is eager for few hundreds and compiled from ten thousand on.
-        run: Folder to write metrics, checkpoints and weights to, which `pyro_vae.restore` reads.
+        run: Folder to write metrics, checkpoints and weights to; `pyro_vae.restore` reads these
+            into a pair that was made alike, by ``restore(pair, "RUN/best.safetensors")``.
         resume: Whether to go on with the run in that folder; where there is none, one begins.
         checkpoint: Minutes between checkpoints. The newest two are kept.
         skip_nonfinite: Greatest number of steps to leave out, in the whole run, since their loss

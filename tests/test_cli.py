@@ -867,6 +867,20 @@ def test_misuse_is_one_sentence_and_leaves_nothing(line, run, grey, labelled, he
     assert contents(run) == before
 
 
+def test_a_run_of_python_is_told_from_others(here, vae, digits, capsys):
+    fit(vae, digits, epochs=1, run="own", progress=False)
+    before = contents(here)
+    for command in ("evaluate", "sample", "reconstruct", "interpolate", "manifold", "encode"):
+        said = refusal(2, f"{command} own", capsys)
+        assert said.endswith("by pyro_vae.restore(vae, 'own/best.safetensors')")
+    assert "no config.yaml, which names its data, since it was" in refusal(
+        2, "compare own own", capsys
+    )
+    said = refusal(2, "train --resume own", capsys)
+    assert said.endswith("go on with it there, by fit(..., run='own', resume=True)")
+    assert contents(here) == before
+
+
 def test_a_refused_run_leaves_the_empty_folder_that_was_there(here, capsys):
     (here / "mine").mkdir()
     refusal(2, "train --epochs 0 --out mine", capsys)
