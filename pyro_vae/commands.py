@@ -27,15 +27,17 @@ from pyro_vae.runs import (
     VIEWS,
     Run,
     bounds,
+    check_threads,
     dataset_of,
     device_of,
+    in_threads,
     pictures,
     print_paths,
     score,
     support,
 )
 from pyro_vae.svi import Mode, mode_for
-from pyro_vae.training import fit
+from pyro_vae.training import check_settings, fit
 from pyro_vae.vae import VAE
 
 Binarisation = Literal["dynamic", "threshold", "levels", "dequantised", "none"]
@@ -133,6 +135,10 @@ def train(
     """
     settings: dict[str, Any] = dict(locals())
     del settings["resume"]
+    norm = math.inf if clip is None else clip
+    check_settings(epochs, batch_size, warmup, norm, patience, checkpoint, skip_nonfinite)
+    if threads is not None:
+        check_threads(threads)
     if data not in SOURCES and Path(data).exists():
         settings["data"] = str(Path(data).resolve())
     settings["data_dir"] = data_dir and str(Path(data_dir).expanduser().resolve())
@@ -169,7 +175,7 @@ def train(
     if mode is None:  # one mode for one run, and for those that repeat it
         settings["mode"] = mode_for(epochs * math.ceil(len(dataset.train) / batch_size))
     begun = _begun(run, settings, blueprint) if resume is None else contextlib.nullcontext()
-    with _threads(settings["threads"]), begun:
+    with in_threads(settings["threads"]), begun:
         if not (run / "model.json").exists():  # stopped as soon as it had begun
             checkpoints.describe(run, blueprint)
         print(f"{_summary(dataset)}, binarisation: {settings['binarisation']}")
@@ -190,7 +196,7 @@ def train(
             epochs=epochs,
             batch_size=batch_size,
             warmup=warmup,
-            clip=math.inf if clip is None else clip,
+            clip=norm,
             patience=patience,
             seed=seed,
             mode=settings["mode"],
@@ -323,18 +329,6 @@ def _default_threads(vae: VAE, batch_size: int) -> int:
     """One thread where a step's products are too small for several to wait for each other."""
     multiplications = batch_size * sum(parameter.numel() for parameter in vae.parameters())
     return 1 if multiplications < 2e7 else torch.get_num_threads()
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    if count < 1:
-        raise ValueError(f"training takes at least 1 thread, not {count}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _summary(dataset: Data) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["fit"]
+__all__ = ["check_settings", "fit"]
 
 import contextlib
 import math
@@ -125,8 +125,10 @@ def fit(
         [1437, 2874]
     """
     _check_kinds(data, objective, optimizer)
-    _check_settings(len(data.train), epochs, batch_size, warmup, clip, patience)
-    _check_care(run, resume, checkpoint, skip_nonfinite)
+    check_settings(epochs, batch_size, warmup, clip, patience, checkpoint, skip_nonfinite)
+    _check_room(len(data.train), batch_size)
+    if resume and run is None:
+        raise ValueError("there is no run to resume; give its folder as `run`")
     if patience and not len(data.validation):
         raise ValueError("patience needs a validation split, whose bound it watches")
     parameters = [each for each in pair.parameters() if each.requires_grad]
@@ -221,6 +223,36 @@ def fit(
                 scheduler.step()
     pair.eval()
     return now.rows
+
+
+def check_settings(
+    epochs: int,
+    batch_size: int,
+    warmup: float,
+    clip: float,
+    patience: int | None,
+    checkpoint: float,
+    skip_nonfinite: int,
+) -> None:
+    """Refuse settings of `fit` that no data would fit.
+
+    Raises:
+        ValueError: One is out of its range.
+    """
+    if epochs < 1:
+        raise ValueError(f"training takes at least 1 epoch, not {epochs}")
+    if batch_size < 1:
+        raise ValueError(f"a batch has at least 1 datum, not {batch_size}")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"the warm-up is a fraction of the budget, 0 to below 1, not {warmup}")
+    if not clip > 0:
+        raise ValueError(f"gradients are clipped to a norm above 0, not {clip}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience is at least 1 epoch, not {patience}")
+    if not checkpoint >= 0:
+        raise ValueError(f"the minutes between checkpoints are 0 or more, not {checkpoint}")
+    if skip_nonfinite < 0:
+        raise ValueError(f"the steps that may be left out are 0 or more, not {skip_nonfinite}")
 
 
 class _Stored(ELBO):
@@ -333,30 +365,11 @@ def _check_kinds(data: Any, objective: Any, optimizer: Any) -> None:
         )
 
 
-def _check_settings(
-    rows: int, epochs: int, batch_size: int, warmup: float, clip: float, patience: int | None
-) -> None:
-    if epochs < 1:
-        raise ValueError(f"training takes at least 1 epoch, not {epochs}")
-    if not 1 <= batch_size <= rows:
+def _check_room(rows: int, batch_size: int) -> None:
+    if batch_size > rows:
         raise ValueError(
             f"a batch size of {batch_size} does not fit the {rows} training data; give 1 to {rows}"
         )
-    if not 0 <= warmup < 1:
-        raise ValueError(f"the warm-up is a fraction of the budget, 0 to below 1, not {warmup}")
-    if not clip > 0:
-        raise ValueError(f"gradients are clipped to a norm above 0, not {clip}")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience is at least 1 epoch, not {patience}")
-
-
-def _check_care(run: Any, resume: bool, checkpoint: float, skip_nonfinite: int) -> None:
-    if resume and run is None:
-        raise ValueError("there is no run to resume; give its folder as `run`")
-    if not checkpoint >= 0:
-        raise ValueError(f"the minutes between checkpoints are 0 or more, not {checkpoint}")
-    if skip_nonfinite < 0:
-        raise ValueError(f"the steps that may be left out are 0 or more, not {skip_nonfinite}")
 
 
 def _fixed(part: Split) -> Iterator[tuple[Tensor, ...]]:

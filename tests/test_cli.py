@@ -881,6 +881,24 @@ def test_a_run_of_python_is_told_from_others(here, vae, digits, capsys):
     assert contents(here) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--epochs 0", "training takes at least 1 epoch, not 0"),
+        ("--batch-size 0", "a batch has at least 1 datum, not 0"),
+        ("--warmup 2", "the warm-up is a fraction of the budget, 0 to below 1, not 2"),
+        ("--clip 0", "gradients are clipped to a norm above 0, not 0"),
+        ("--patience 0", "patience is at least 1 epoch, not 0"),
+        ("--checkpoint -1", "the minutes between checkpoints are 0 or more, not -1"),
+        ("--skip-nonfinite -1", "the steps that may be left out are 0 or more, not -1"),
+        ("--threads 0", "a command takes at least 1 thread, not 0"),
+    ],
+)
+def test_settings_are_refused_before_data_are_read(options, words, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "dataset_of", lambda settings: pytest.fail("data were read"))
+    assert words in refusal(2, f"train {options}", capsys)
+
+
 def test_a_refused_run_leaves_the_empty_folder_that_was_there(here, capsys):
     (here / "mine").mkdir()
     refusal(2, "train --epochs 0 --out mine", capsys)
