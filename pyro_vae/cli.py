@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
+from tqdm import tqdm
 
 from pyro_vae import checkpoints, commands, reports, runs
 from pyro_vae.parts import KINDS, Part, find, named
@@ -73,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = COMMANDS.get(name)
         if command is None:
             raise ValueError(f"unknown command '{name}'{_near(name, COMMANDS)}")
-        command(**_parsed(name, command, given[1:]))
+        with _plain_warnings():
+            command(**_parsed(name, command, given[1:]))
     except KeyboardInterrupt as stopped:
         return _failed(130, str(stopped) or "stopped; what was finished, if anything, is kept")
     except Stopped as stopped:
@@ -98,8 +101,21 @@ def _failed(status: int, error: str | Exception) -> int:
         message = f"cannot read or write{place}: {error.strerror}"
     elif not isinstance(error, (str, *_EXPECTED)):
         message = f"{type(error).__name__}: {message}; PYRO_VAE_TRACEBACK=1 shows where"
-    print(f"pyro-vae: {' '.join(message.split())}", file=sys.stderr)
+    _say(message)
     return status
+
+
+def _say(message: str) -> None:
+    """Put one line on stderr, above a progress bar that may be there."""
+    tqdm.write(f"pyro-vae: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Let warnings be sentences as errors are, without the place in the code that warns."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(str(message))
+        yield
 
 
 def _overview() -> str:

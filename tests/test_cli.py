@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import numpy as np
@@ -1028,6 +1029,21 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(options, number, here, monkey
         assert weights(here / "run", name) == weights(here / "whole", name)
     assert (here / "run" / "config.yaml").read_bytes() == before
     assert all(readable(here / "run" / name) for name in PICTURES)
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_sentences_without_a_place_in_the_code(here, monkeypatch, capsys):
+    stopped(f"{LONG} --mode eager --out run", 30, monkeypatch, capsys)
+    old, new = sorted((here / "run" / "checkpoints").iterdir())
+    new.write_bytes(new.read_bytes()[:-1] + b"?")
+    shown = warnings.showwarning
+    assert call("train --resume run") == 0
+    assert warnings.showwarning is shown
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line and "img/s" not in line]
+    path = f"run/checkpoints/{new.name}"
+    words = f"it is put aside, and '{old.name}' before it is taken"
+    assert errors == [f"pyro-vae: '{path}' is damaged: its checksum differs; {words}"]
 
 
 def test_more_epochs_are_remembered_by_the_checkpoint(here, monkeypatch, capsys):
