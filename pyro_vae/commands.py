@@ -142,8 +142,10 @@ def train(
     if data not in SOURCES and Path(data).exists():
         settings["data"] = str(Path(data).resolve())
     settings["data_dir"] = data_dir and str(Path(data_dir).expanduser().resolve())
+    done = 0
     if resume is not None:
-        epochs = settings["epochs"] = _same(Path(resume), settings)
+        epochs, done = _same(Path(resume), settings)
+        settings["epochs"] = epochs
     place = device_of(device)
     dataset = dataset_of(settings)
     blueprint = Blueprint(
@@ -204,7 +206,10 @@ def train(
             resume=resume is not None,
             checkpoint=checkpoint,
             skip_nonfinite=skip_nonfinite,
+            progress=done < epochs,
         )
+    if done and len(rows) == done:
+        print(_finished(run, done, epochs, patience))
     shown = (dataset.test if len(dataset.test) else dataset.train).to(place)
     finished = Run(str(run), device=device)
     if len(dataset.test):
@@ -256,8 +261,8 @@ def _begun(run: Path, settings: Mapping[str, Any], blueprint: Blueprint) -> Iter
                     path.rmdir()
 
 
-def _same(run: Path, settings: Mapping[str, Any]) -> int:
-    """Refuse to go on otherwise than a run began; return the epochs that it is to have."""
+def _same(run: Path, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Refuse to go on otherwise than a run began; return the epochs it is to have, and has."""
     path = run / "config.yaml"
     began = {**yaml.safe_load(path.read_text())}
     now = yaml.safe_load(_dumped(settings))
@@ -275,11 +280,20 @@ def _same(run: Path, settings: Mapping[str, Any]) -> int:
         )
     if settings["out"]:
         raise ValueError(f"--resume goes on in '{run}'; leave out --out")
-    state = checkpoints.newest(run / "checkpoints")
-    if state is None or settings["epochs"] != began.get("epochs"):
-        return int(settings["epochs"])
-    # Which an earlier --resume may have extended.
-    return int(state.get("epochs", settings["epochs"]))
+    state = checkpoints.newest(run / "checkpoints") or {}
+    epochs = settings["epochs"]
+    if epochs == began.get("epochs"):  # which an earlier --resume may have extended
+        epochs = state.get("epochs", epochs)
+    return int(epochs), len(state.get("now", {}).get("rows", ()))
+
+
+def _finished(run: Path, done: int, epochs: int, patience: int | None) -> str:
+    if done < epochs:
+        return f"'{run}' is finished: a patience of {patience} ended it after {done} epochs"
+    return (
+        f"'{run}' is finished: it has all of its {done} epochs; `pyro-vae train --resume {run} "
+        f"--epochs N` extends it to N of them"
+    )
 
 
 def _optimizer(part: Part, lr: float, parameters: Iterable[Tensor]) -> Optimizer:

@@ -168,7 +168,8 @@ def fit(
         watch = _Watch(parameters, list(pair.buffers()), waits=waits, keeps=skip_nonfinite > 0)
         budget = now.planned * batches  # of which the warm-up is a part, however long it goes on
         done = min(now.batch * batch_size, len(data.train))
-        bar.update((now.epoch - 1) * len(data.train) + done)
+        # Where the bar begins, so that its rate is of what is done from now on.
+        bar.initial = bar.n = bar.last_print_n = (now.epoch - 1) * len(data.train) + done
         for epoch in range(now.epoch, epochs + 1):
             calm = epoch - 1 - max(now.best_epoch, math.ceil(warmup * now.planned))
             if patience and calm >= patience:

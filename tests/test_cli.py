@@ -1057,6 +1057,27 @@ def test_more_epochs_are_remembered_by_the_checkpoint(here, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ("", "4 epochs; `pyro-vae train --resume run --epochs N` extends it to N of them"),
+        ("--patience 1 --lr 0 --warmup 0", "a patience of 1 ended it after {} epochs"),
+    ],
+)
+def test_a_run_that_is_finished_says_so(options, words, here, capsys):
+    assert call(f"{LONG} {options} --out run") == 0
+    before, last = metrics(here / "run"), weights(here / "run")
+    shown = capsys.readouterr().out.splitlines()
+    assert call("train --resume run") == 0
+    again = capsys.readouterr()
+    said = again.out.splitlines()
+    assert [*said[:2], *said[3:]] == shown
+    assert said[2].startswith("'run' is finished: ")
+    assert said[2].endswith(words.format(len(before)))
+    assert ("img/s" in again.err) == (len(before) < 4) == bool(options)
+    assert (metrics(here / "run"), weights(here / "run")) == (before, last)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
         ("--lr 0.1", "cannot go on with another --lr: it was 0.001 and is 0.1; train anew by"),
         (
             "--latent 3 --clip 1",
