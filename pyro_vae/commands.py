@@ -126,7 +126,8 @@ def train(
         device: cpu, cuda or cuda:N (default: a GPU where there is one).
         threads: Threads of the processor (default: 1 where a step is too small to be shared
             out, else as many as torch takes).
-        checkpoint: Minutes between checkpoints, from which --resume goes on.
+        checkpoint: Minutes between checkpoints, from which --resume goes on; 0 for one after each
+            step.
         skip_nonfinite: Greatest number of steps to leave out where the loss or a gradient is NaN
             or infinite.
         out: Folder of the run (default: the first free of runs/DATA-1, runs/DATA-2, ...).

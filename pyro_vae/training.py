@@ -97,7 +97,8 @@ def fit(
         run: Folder to write metrics, checkpoints and weights to; `pyro_vae.restore` reads these
             into a pair that was made alike, by ``restore(pair, "RUN/best.safetensors")``.
         resume: Whether to go on with the run in that folder; where there is none, one begins.
-        checkpoint: Minutes between checkpoints. The newest two are kept.
+        checkpoint: Minutes between checkpoints, 0 for one after each step. The newest two are
+            kept.
         skip_nonfinite: Greatest number of steps to leave out, in the whole run, since their loss
             or a gradient is NaN or infinite: weights, buffers and optimiser stay as they were.
             Every gradient is then looked at, which costs a tenth of a step.

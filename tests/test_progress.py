@@ -250,6 +250,14 @@ def test_the_bar_of_a_run_that_goes_on_counts_what_it_does(tmp_path, monkeypatch
     assert [*dict.fromkeys(shown)] == [(0, 51, 150), (51, 150, 150)]
 
 
+def test_no_minutes_between_checkpoints_are_one_after_each_step(tmp_path, monkeypatch):
+    kept, keep = [], checkpoints.keep
+    monkeypatch.setattr(checkpoints, "keep", lambda *args: kept.append(args[1]) or keep(*args))
+    trained(run=tmp_path, epochs=2, checkpoint=0)
+    assert [*dict.fromkeys(kept)] == [*range(11)]
+    assert "checkpoints, 0 for one after each step" in str(fit.__doc__)
+
+
 def test_resuming_begins_where_there_is_no_run(tmp_path):
     assert same(trained(run=tmp_path / "new", resume=True), trained())
 
