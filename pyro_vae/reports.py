@@ -25,7 +25,7 @@ from pyro_vae import checkpoints, plots
 from pyro_vae.diagnostics import calibration, decompose
 from pyro_vae.evaluation import Estimate, bound, log_likelihood
 from pyro_vae.parts import KINDS, Part
-from pyro_vae.runs import Run, SplitName, dataset_batches, print_paths, score
+from pyro_vae.runs import Run, SplitName, dataset_batches, in_threads, print_paths, score
 from pyro_vae.scoring import Batch
 from pyro_vae.vae import VAE
 
@@ -41,6 +41,7 @@ def evaluate(
     split: SplitName = "test",
     particles: int = 10,
     samples: int = 5000,
+    threads: int | None = None,
     json: bool = False,
 ) -> None:
     """Print what a run is worth: the bound and its parts, L_K with its errors, calibration.
@@ -55,11 +56,17 @@ def evaluate(
             weights).
         samples: Draws K for each datum in the importance-sampling estimate L_K of log p(x); 0
             for the bound alone.
+        threads: Threads of the processor (default: as many as torch takes).
         json: Print JSON in place of the table.
     """
-    vae, part = run.vae(), run.split(split)
     if samples < 0:
         raise ValueError(f"L_K takes 1 sample or more, or 0 to leave it out, not {samples}")
+    with in_threads(torch.get_num_threads() if threads is None else threads):
+        _evaluate(run, split, particles, samples, json)
+
+
+def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bool) -> None:
+    vae, part = run.vae(), run.split(split)
     if not samples and not json:
         print(score(vae, part, split, particles=particles))
         return

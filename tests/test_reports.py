@@ -105,6 +105,21 @@ def test_a_stopped_estimate_goes_on_and_ends_the_same(copy, monkeypatch, capsys)
     assert counts == [50, 50, 50, 30]
 
 
+def test_threads_are_those_asked_for_and_put_back(copy, monkeypatch):
+    seen, true = [], reports.bound
+
+    def watched(*arguments, **options):
+        seen.append(torch.get_num_threads())
+        return true(*arguments, **options)
+
+    monkeypatch.setattr(reports, "bound", watched)
+    before = torch.get_num_threads()
+    for options in ("", "--threads 3", "--threads 1"):
+        assert call(f"evaluate {copy} --samples 20 {options}") == 0
+        assert torch.get_num_threads() == before
+    assert seen == [before, 3, 1]
+
+
 def test_new_weights_make_a_new_estimate(copy):
     before = arrays(copy)["log_likelihood"]
     vae = load(copy)
@@ -172,6 +187,8 @@ def test_what_cannot_be_compared_is_said(runs, copy, tmp_path, capsys):
 
 def test_bad_runs_are_refused_in_a_sentence(copy, capsys):
     assert "0 to leave it out, not -1" in sentence(f"evaluate {copy} --samples -1", capsys)
+    said = sentence(f"evaluate {copy} --threads 0", capsys)
+    assert "a command takes at least 1 thread, not 0" in said
     np.save(copy / "wide.npy", np.zeros((50, 9, 9), np.float32))
     said = sentence(f"evaluate {copy} --data {copy / 'wide.npy'}", capsys)
     assert "was trained on data of shape (1, 8, 8)" in said
