@@ -57,7 +57,8 @@ def evaluate(
         samples: Draws K for each datum in the importance-sampling estimate L_K of log p(x); 0
             for the bound alone.
         threads: Threads of the processor (default: as many as torch takes).
-        json: Print JSON in place of the table.
+        json: Print JSON in place of the table; its "reliable" is false where L_K is not to be
+            trusted for some data, and null where there are too few samples to tell.
     """
     if samples < 0:
         raise ValueError(f"L_K takes 1 sample or more, or 0 to leave it out, not {samples}")
@@ -86,6 +87,9 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
         estimate = _estimated(run, vae, batch, split, samples, part.level)
         found |= {f"L_{samples}_{key}": value for key, value in estimate.summary().items()}
         found[f"L_{samples}"] = found.pop(f"L_{samples}_L_{samples}")
+        share = found[f"L_{samples}_unreliable"]
+        # Of too few draws there is no k-hat to tell by.
+        found["reliable"] = None if estimate.pareto_k.isnan().any() else not share
         found["bits_per_dimension"] = estimate.bits_per_dimension
         found["bits"] = "upper bound, 8 bit" if part.level else _bits(batch)
         arrays |= _kept(estimate)
@@ -281,6 +285,8 @@ def _table(found: Mapping[str, Any], samples: int, split: str) -> str:
         share, median = found[f"{name}_unreliable"], found[f"{name}_pareto_k"]
         rows.append((name, found[name], f"± {found[f'{name}_standard_error']:.2f} over data"))
         said = "unreliable where k-hat is high" if share else "by the draws of z"
+        if found["reliable"] is None:
+            said += ", too few for a k-hat"
         rows.append(("  Monte Carlo error", f"{found[f'{name}_monte_carlo_error']:.4f}", said))
         rows.append(("  k-hat, median", median, f"too high for {share:.1%} of the data"))
         size = f"{found[f'{name}_effective_sample_size']:.0f}"

@@ -65,6 +65,32 @@ def test_the_table_the_json_and_the_arrays_agree(copy, capsys):
         assert str(picture) in table
 
 
+@pytest.mark.parametrize(
+    ("k", "reliable", "words"),
+    [
+        (0.3, True, "by the draws of z\n"),
+        (0.9, False, "unreliable where k-hat is high\n"),
+        (np.nan, None, "by the draws of z, too few for a k-hat\n"),
+    ],
+)
+def test_a_program_can_tell_what_the_table_says_of_trust(
+    k, reliable, words, copy, monkeypatch, capsys
+):
+    def estimated(*arguments, **options):
+        found = log_likelihood(*arguments, **options)
+        found.pareto_k[:] = 0.1
+        found.pareto_k[0] = k
+        return found
+
+    monkeypatch.setattr(reports, "log_likelihood", estimated)
+    assert call(f"evaluate {copy} --samples 40 --json") == 0
+    assert json.loads(capsys.readouterr().out)["reliable"] is reliable
+    assert call(f"evaluate {copy} --samples 40") == 0
+    assert words in capsys.readouterr().out
+    assert call(f"evaluate {copy} --samples 0 --json") == 0
+    assert "reliable" not in json.loads(capsys.readouterr().out)
+
+
 def test_the_estimates_are_those_of_the_vae_that_load_gives(copy):
     part = data.load("digits", view=data.dynamic).test
     batch = next(part.batches(1000, torch.Generator().manual_seed(0)))
