@@ -134,7 +134,7 @@ def compare(
     by: str = "prior",
     pair: str = "seed",
     split: SplitName = "test",
-    out: str = ".",
+    out: str | None = None,
 ) -> None:
     """Print differences between runs that differ in one setting, paired by another.
 
@@ -146,11 +146,10 @@ def compare(
         by: The setting, of config.yaml, that is compared.
         pair: The setting that tells which runs belong together.
         split: Split that they were evaluated on.
-        out: Folder for comparison.csv and comparison.tex.
+        out: Folder to write comparison.csv and comparison.tex to (default: they are not written).
     """
-    folder = Path(out)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder '{folder}' to write to; make it")
+    if out is not None and not Path(out).is_dir():
+        raise FileNotFoundError(f"there is no folder '{out}' to write to; make it")
     table: dict[str, dict[str, dict[str, float]]] = {}
     seen: dict[str, tuple[str, tuple[str, ...]]] = {}
     for run in runs:
@@ -172,13 +171,21 @@ def compare(
         raise ValueError(f"these runs cannot be compared by {by}: all have {next(iter(table))}")
     rows = _differences(table, by, pair)
     print(_text(rows))
+    if alone := [str(row[by]) for row in rows[1:] if row["pairs"] == 1]:
+        print(
+            f"no interval for {', '.join(alone)}, with one pair each: it takes two at least, so "
+            f"train and evaluate with another {pair} too"
+        )
+    if out is None:
+        return
     content = io.StringIO()
     writer = csv.DictWriter(content, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    checkpoints.write(folder / "comparison.csv", content.getvalue().encode())
-    checkpoints.write(folder / "comparison.tex", _latex(rows).encode())
-    print(f"{folder / 'comparison.csv'}, {folder / 'comparison.tex'}")
+    paths = [Path(out) / "comparison.csv", Path(out) / "comparison.tex"]
+    for path, text in zip(paths, (content.getvalue(), _latex(rows)), strict=True):
+        checkpoints.write(path, text.encode())
+    print(f"{paths[0]}, {paths[1]}")
 
 
 def _estimated(

@@ -181,6 +181,21 @@ def test_differences_are_paired(runs, tmp_path, capsys):
     assert r"L\_50" in latex
 
 
+def test_one_pair_has_no_interval_and_says_so(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    places = {name: runs / name for name in ("Normal-0", "Laplace-0", "Normal-1", "Laplace-1")}
+    assert call(f"compare {places['Normal-0']} {places['Laplace-0']}") == 0
+    table = capsys.readouterr().out
+    (said,) = table.splitlines()[3:]
+    assert said.startswith("no interval for Laplace(scale=1.0), with one pair each: it takes two")
+    assert said.endswith("train and evaluate with another seed too")
+    assert " to " not in table
+    assert call(f"compare {' '.join(map(str, places.values()))}") == 0
+    assert "no interval" not in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())  # nothing is written that was not asked for
+
+
 def sentence(line, capsys):
     capsys.readouterr()
     assert call(line) == 2
