@@ -91,8 +91,9 @@ def train(
         data_dir: Folder of the named data sets (default: $PYRO_VAE_DATA or ~/.cache/pyro_vae).
         binarisation: dynamic (drawn anew each epoch), threshold (at one half), levels (none,
             but whole grey levels 0 to 255), dequantised (these with uniform noise, over 256, for
-            a density that bounds bits per pixel) or none; by default dynamic for a likelihood on
-            {0, 1}, levels for one on {0, ..., 255} and none for others.
+            a density that bounds bits per pixel where pixels are stored as whole numbers up to
+            255) or none; by default dynamic for a likelihood on {0, 1}, levels for one on
+            {0, ..., 255} and none for others.
         top: Stored value that counts as 1 (default: 255 for bytes, 1 for other types).
         validation: Fraction of the training data to set aside, 0 for none.
         test: Likewise for the test, where there is no official one.

@@ -27,6 +27,7 @@ from pyro_vae.evaluation import Estimate, bound, log_likelihood
 from pyro_vae.parts import KINDS, Part
 from pyro_vae.runs import Run, SplitName, dataset_batches, in_threads, print_paths, score
 from pyro_vae.scoring import Batch
+from pyro_vae.splits import Split, dequantised
 from pyro_vae.vae import VAE
 
 Array = npt.NDArray[Any]
@@ -91,7 +92,7 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
         # Of too few draws there is no k-hat to tell by.
         found["reliable"] = None if estimate.pareto_k.isnan().any() else not share
         found["bits_per_dimension"] = estimate.bits_per_dimension
-        found["bits"] = "upper bound, 8 bit" if part.level else _bits(batch)
+        found["bits"] = _bits(part, batch, found["bits_per_dimension"])
         arrays |= _kept(estimate)
         pictures["k_hat"] = plots.k_hat(arrays["pareto_k"], estimate.threshold)
     pyro.set_rng_seed(run.seed)
@@ -265,8 +266,14 @@ def _write(path: Path, arrays: Mapping[str, Array], key: str) -> None:
     checkpoints.write(path, content.getvalue())
 
 
-def _bits(batch: Batch) -> str:
-    """What an integer of the data stands for."""
+def _bits(part: Split, batch: Batch, value: float | None) -> str | None:
+    """What an integer of the data stands for, or why dequantised ones have no bits."""
+    if part.view is dequantised and part.level is None:
+        return "x is not stored as whole numbers up to 255"
+    if value is None:
+        return None
+    if part.level:
+        return "upper bound, 8 bit"
     top = float(batch[0].max())
     return "1 bit" if top <= 1 else "8 bit" if top <= 255 else "whole numbers"
 
@@ -298,8 +305,10 @@ def _table(found: Mapping[str, Any], samples: int, split: str) -> str:
         rows.append(("  k-hat, median", median, f"too high for {share:.1%} of the data"))
         size = f"{found[f'{name}_effective_sample_size']:.0f}"
         rows.append(("  effective sample size", size, f"of {samples:,}, median"))
-        if found["bits_per_dimension"] is not None:
-            rows.append(("  bits per dimension", found["bits_per_dimension"], found["bits"]))
+        if found["bits"]:
+            bits = found["bits_per_dimension"]
+            shown = "none" if bits is None else f"{bits:.2f}"
+            rows.append(("  bits per dimension", shown, found["bits"]))
     rows += [
         ("ELBO", found["elbo"], f"± {found['standard_error']:.2f} over data"),
         ("  reconstruction", found["reconstruction"], "minus the distortion"),

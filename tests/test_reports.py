@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -238,8 +239,9 @@ def test_bad_runs_are_refused_in_a_sentence(copy, capsys):
 
 
 def test_dequantised_pixels_have_bits_as_an_upper_bound(tmp_path, capsys):
-    run = tmp_path / "noisy"
-    options = "--likelihood Normal --binarisation dequantised"
+    run, place = tmp_path / "noisy", tmp_path / "bytes.npy"
+    np.save(place, (255 * data.load("digits").train.x.numpy()).round().astype(np.uint8))
+    options = f"--data {place} --likelihood Normal --binarisation dequantised"
     assert call(f"{TRAIN} {options} --out {run}") == 0
     capsys.readouterr()
     assert call(f"evaluate {run} --samples 20 --json") == 0
@@ -251,6 +253,19 @@ def test_dequantised_pixels_have_bits_as_an_upper_bound(tmp_path, capsys):
     table = capsys.readouterr().out
     assert f"{bits:.2f}  upper bound, 8 bit" in table
     assert "total correlation" in table
+
+
+def test_dequantised_values_of_fewer_levels_have_no_bits(tmp_path, capsys):
+    run = tmp_path / "noisy"  # of the embedded digits, which have 17 levels
+    options = "--likelihood Normal --binarisation dequantised"
+    assert call(f"{TRAIN} {options} --out {run}") == 0
+    capsys.readouterr()
+    assert call(f"evaluate {run} --samples 20 --json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bits_per_dimension"] is None
+    assert found["bits"] == "x is not stored as whole numbers up to 255"
+    assert call(f"evaluate {run} --samples 20") == 0
+    assert re.search(f"bits per dimension +none  {found['bits']}\n", capsys.readouterr().out)
 
 
 def test_grey_levels_are_labelled_and_have_no_calibration(tmp_path, capsys):
