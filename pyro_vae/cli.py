@@ -132,9 +132,9 @@ def _overview() -> str:
         [
             *lines,
             "",
-            "`pyro-vae COMMAND --help` lists a command's options. Exit status: 0, 1 (failed),",
-            "2 (misuse), 130 and 143 (stopped by Ctrl-C, by SIGTERM). PYRO_VAE_TRACEBACK=1 prints",
-            "the full trace of an error.",
+            "`pyro-vae COMMAND --help` lists a command's options. `python -m pyro_vae` is the",
+            "same as `pyro-vae`. Exit status: 0, 1 (failed), 2 (misuse), 130 and 143 (stopped by",
+            "Ctrl-C, by SIGTERM). PYRO_VAE_TRACEBACK=1 prints the full trace of an error.",
         ]
     )
 

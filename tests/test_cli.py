@@ -1175,6 +1175,7 @@ def test_help_says_what_each_command_does(arguments, capsys):
     assert main(arguments) == 0
     output = capsys.readouterr().out
     assert all(command.__doc__.splitlines()[0] in output for command in COMMANDS.values())
+    assert "`python -m pyro_vae` is the same as `pyro-vae`" in " ".join(output.split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
