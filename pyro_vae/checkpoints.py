@@ -22,6 +22,7 @@ __all__ = [
     "keep",
     "load",
     "newest",
+    "of_python",
     "restore",
     "save",
     "save_state",
@@ -170,6 +171,12 @@ def blueprint(run: str | Path) -> Blueprint:
     """
     path = Path(run) / "model.json"
     if not path.is_file():
+        if of_python(run):
+            raise FileNotFoundError(
+                f"'{run}' was trained from Python, and has weights but no description of their "
+                f"VAE; make it there as before, and give it its weights by "
+                f"pyro_vae.restore(vae, '{Path(run) / 'best.safetensors'}')"
+            )
         raise FileNotFoundError(f"'{run}' is no run: there is no file '{path.name}' in it")
     try:
         content: Mapping[str, Any] = json.loads(path.read_text())
@@ -182,6 +189,12 @@ def blueprint(run: str | Path) -> Blueprint:
         return Blueprint.of(values)
     except ValueError as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
+
+
+def of_python(run: str | Path) -> bool:
+    """Whether a folder holds what `pyro_vae.fit` has written, and nothing of the command line."""
+    path = Path(run)
+    return (path / "metrics.jsonl").is_file() and not (path / "config.yaml").exists()
 
 
 def check_header(content: str, path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser, Namespace
+from tqdm import tqdm
 
 from pyro_vae import checkpoints, commands, reports, runs
 from pyro_vae.distributed import Ranks, joined, restarted
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = COMMANDS.get(name)
         if command is None:
             raise ValueError(f"unknown command '{name}'{_near(name, COMMANDS)}")
-        with joined() as ranks, _silent(not ranks.first):
+        with joined() as ranks, _silent(not ranks.first), _plain_warnings():
             if ranks.size > 1 and name not in _TOGETHER:
                 raise ValueError(f"'{name}' is done by one process; run it without torchrun")
             command(**_parsed(name, command, _again(given[1:], ranks)))
@@ -103,12 +105,16 @@ def _failed(status: int, error: str | Exception) -> int:
         message = f"cannot read or write{place}: {error.strerror}"
     elif not isinstance(error, (str, *_EXPECTED)):
         message = f"{type(error).__name__}: {message}; PYRO_VAE_TRACEBACK=1 shows where"
-    rank = Ranks.here().rank
-    if rank and status in (130, 143):  # which all processes come to, and the first one says
-        return status
-    which = f" (process {rank})" if rank else ""
-    print(f"pyro-vae{which}: {' '.join(message.split())}", file=sys.stderr)
+    if not (Ranks.here().rank and status in (130, 143)):  # which the first process says for all
+        _say(message)
     return status
+
+
+def _say(message: str) -> None:
+    """Put one line on stderr, above a progress bar that may be there."""
+    rank = Ranks.here().rank
+    who = f"pyro-vae (process {rank})" if rank else "pyro-vae"
+    tqdm.write(f"{who}: {' '.join(message.split())}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -118,6 +124,14 @@ def _silent(silent: bool) -> Iterator[None]:
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Let warnings be sentences as errors are, without the place in the code that warns."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(str(message))
         yield
 
 
@@ -135,9 +149,9 @@ def _overview() -> str:
         [
             *lines,
             "",
-            "`pyro-vae COMMAND --help` lists a command's options. Exit status: 0, 1 (failed),",
-            "2 (misuse), 130 and 143 (stopped by Ctrl-C, by SIGTERM). PYRO_VAE_TRACEBACK=1 prints",
-            "the full trace of an error.",
+            "`pyro-vae COMMAND --help` lists a command's options. `python -m pyro_vae` is the",
+            "same as `pyro-vae`. Exit status: 0, 1 (failed), 2 (misuse), 130 and 143 (stopped by",
+            "Ctrl-C, by SIGTERM). PYRO_VAE_TRACEBACK=1 prints the full trace of an error.",
         ]
     )
 
@@ -273,6 +287,11 @@ def _resumed(given: list[str]) -> list[str]:
     path = Path(runs[-1]) / "config.yaml"
     if _values(given, "config"):
         raise ValueError("--resume takes the configuration of its run; leave out --config")
+    if checkpoints.of_python(runs[-1]):
+        raise FileNotFoundError(
+            f"'{runs[-1]}' was trained from Python; go on with it there, by "
+            f"fit(..., run='{runs[-1]}', resume=True)"
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"'{runs[-1]}' is no run to go on with: there is no file '{path.name}' in it"

@@ -29,15 +29,17 @@ from pyro_vae.runs import (
     VIEWS,
     Run,
     bounds,
+    check_threads,
     dataset_of,
     device_of,
+    in_threads,
     pictures,
     print_paths,
     score,
     support,
 )
 from pyro_vae.svi import Mode, mode_for
-from pyro_vae.training import fit
+from pyro_vae.training import check_settings, fit
 from pyro_vae.vae import VAE
 
 Binarisation = Literal["dynamic", "threshold", "levels", "dequantised", "none"]
@@ -91,8 +93,9 @@ def train(
         data_dir: Folder of the named data sets (default: $PYRO_VAE_DATA or ~/.cache/pyro_vae).
         binarisation: dynamic (drawn anew each epoch), threshold (at one half), levels (none,
             but whole grey levels 0 to 255), dequantised (these with uniform noise, over 256, for
-            a density that bounds bits per pixel) or none; by default dynamic for a likelihood on
-            {0, 1}, levels for one on {0, ..., 255} and none for others.
+            a density that bounds bits per pixel where pixels are stored as whole numbers up to
+            255) or none; by default dynamic for a likelihood on {0, 1}, levels for one on
+            {0, ..., 255} and none for others.
         top: Stored value that counts as 1 (default: 255 for bytes, 1 for other types).
         validation: Fraction of the training data to set aside, 0 for none.
         test: Likewise for the test, where there is no official one.
@@ -126,7 +129,8 @@ def train(
         device: cpu, cuda or cuda:N (default: a GPU where there is one).
         threads: Threads of the processor (default: 1 where a step is too small to be shared
             out, else as many as torch takes).
-        checkpoint: Minutes between checkpoints, from which --resume goes on.
+        checkpoint: Minutes between checkpoints, from which --resume goes on; 0 for one after each
+            step.
         skip_nonfinite: Greatest number of steps to leave out where the loss or a gradient is NaN
             or infinite.
         out: Folder of the run (default: the first free of runs/DATA-1, runs/DATA-2, ...).
@@ -135,11 +139,17 @@ def train(
     """
     settings: dict[str, Any] = dict(locals())
     del settings["resume"]
+    norm = math.inf if clip is None else clip
+    check_settings(epochs, batch_size, warmup, norm, patience, checkpoint, skip_nonfinite)
+    if threads is not None:
+        check_threads(threads)
     if data not in SOURCES and Path(data).exists():
         settings["data"] = str(Path(data).resolve())
     settings["data_dir"] = data_dir and str(Path(data_dir).expanduser().resolve())
+    done = 0
     if resume is not None:
-        epochs = settings["epochs"] = _same(Path(resume), settings)
+        epochs, done = _same(Path(resume), settings)
+        settings["epochs"] = epochs
     ranks, place = Ranks.here(), device_of(device)
     if ranks.size > 1 and place.index is not None:
         raise ValueError(
@@ -179,7 +189,7 @@ def train(
         )
     begins = ranks.first and resume is None
     begun = _begun(run, settings, blueprint) if begins else contextlib.nullcontext()
-    with _threads(settings["threads"]), begun:
+    with in_threads(settings["threads"]), begun:
         if ranks.first and not (run / "model.json").exists():  # stopped as soon as it had begun
             checkpoints.describe(run, blueprint)
         print(f"{_summary(dataset)}, binarisation: {settings['binarisation']}")
@@ -202,7 +212,7 @@ def train(
             epochs=epochs,
             batch_size=batch_size,
             warmup=warmup,
-            clip=math.inf if clip is None else clip,
+            clip=norm,
             patience=patience,
             seed=seed,
             mode=settings["mode"],
@@ -210,9 +220,12 @@ def train(
             resume=resume is not None,
             checkpoint=checkpoint,
             skip_nonfinite=skip_nonfinite,
+            progress=done < epochs,
         )
     if not ranks.first:
         return
+    if done and len(rows) == done:
+        print(_finished(run, done, epochs, patience))
     shown = (dataset.test if len(dataset.test) else dataset.train).to(place)
     finished = Run(str(run), device=device)
     if len(dataset.test):
@@ -264,8 +277,8 @@ def _begun(run: Path, settings: Mapping[str, Any], blueprint: Blueprint) -> Iter
                     path.rmdir()
 
 
-def _same(run: Path, settings: Mapping[str, Any]) -> int:
-    """Refuse to go on otherwise than a run began; return the epochs that it is to have."""
+def _same(run: Path, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Refuse to go on otherwise than a run began; return the epochs it is to have, and has."""
     path = run / "config.yaml"
     began = {**yaml.safe_load(path.read_text())}
     now = yaml.safe_load(_dumped(settings))
@@ -283,11 +296,20 @@ def _same(run: Path, settings: Mapping[str, Any]) -> int:
         )
     if settings["out"]:
         raise ValueError(f"--resume goes on in '{run}'; leave out --out")
-    state = checkpoints.newest(run / "checkpoints")
-    if state is None or settings["epochs"] != began.get("epochs"):
-        return int(settings["epochs"])
-    # Which an earlier --resume may have extended.
-    return int(state.get("epochs", settings["epochs"]))
+    state = checkpoints.newest(run / "checkpoints") or {}
+    epochs = settings["epochs"]
+    if epochs == began.get("epochs"):  # which an earlier --resume may have extended
+        epochs = state.get("epochs", epochs)
+    return int(epochs), len(state.get("now", {}).get("rows", ()))
+
+
+def _finished(run: Path, done: int, epochs: int, patience: int | None) -> str:
+    if done < epochs:
+        return f"'{run}' is finished: a patience of {patience} ended it after {done} epochs"
+    return (
+        f"'{run}' is finished: it has all of its {done} epochs; `pyro-vae train --resume {run} "
+        f"--epochs N` extends it to N of them"
+    )
 
 
 def _optimizer(part: Part, lr: float, parameters: Iterable[Tensor]) -> Optimizer:
@@ -337,18 +359,6 @@ def _default_threads(vae: VAE, batch_size: int) -> int:
     """One thread where a step's products are too small for several to wait for each other."""
     multiplications = batch_size * sum(parameter.numel() for parameter in vae.parameters())
     return 1 if multiplications < 2e7 else torch.get_num_threads()
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    if count < 1:
-        raise ValueError(f"training takes at least 1 thread, not {count}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _summary(dataset: Data) -> str:

@@ -251,7 +251,7 @@ def log_likelihood(
         chunk: Draws that are decoded at a time, for some data together, on which the memory
             depends; by default as many as have two million elements of x.
         level: Width of a grey level in a dequantised x, for bits per dimension; a split under
-            the view `dequantised` brings it along.
+            the view `dequantised` brings it along, if it is stored as whole numbers up to 255.
 
     Raises:
         ValueError: Fewer than one draw, no data, data that the programs do not take, a model

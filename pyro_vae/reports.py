@@ -27,8 +27,9 @@ from pyro_vae.diagnostics import calibration, decompose
 from pyro_vae.distributed import Ranks
 from pyro_vae.evaluation import Estimate, bound, log_likelihood
 from pyro_vae.parts import KINDS, Part
-from pyro_vae.runs import Run, SplitName, dataset_batches, print_paths, score
+from pyro_vae.runs import Run, SplitName, dataset_batches, in_threads, print_paths, score
 from pyro_vae.scoring import Batch
+from pyro_vae.splits import Split, dequantised
 from pyro_vae.vae import VAE
 
 Array = npt.NDArray[Any]
@@ -43,6 +44,7 @@ def evaluate(
     split: SplitName = "test",
     particles: int = 10,
     samples: int = 5000,
+    threads: int | None = None,
     json: bool = False,
 ) -> None:
     """Print what a run is worth: the bound and its parts, L_K with its errors, calibration.
@@ -58,12 +60,18 @@ def evaluate(
             weights).
         samples: Draws K for each datum in the importance-sampling estimate L_K of log p(x); 0
             for the bound alone.
-        json: Print JSON in place of the table.
+        threads: Threads of the processor (default: as many as torch takes).
+        json: Print JSON in place of the table; its "reliable" is false where L_K is not to be
+            trusted for some data, and null where there are too few samples to tell.
     """
-    vae, part = run.vae(), run.split(split)
     if samples < 0:
         raise ValueError(f"L_K takes 1 sample or more, or 0 to leave it out, not {samples}")
-    first = Ranks.here().first
+    with in_threads(torch.get_num_threads() if threads is None else threads):
+        _evaluate(run, split, particles, samples, json)
+
+
+def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bool) -> None:
+    vae, part, first = run.vae(), run.split(split), Ranks.here().first
     if not samples and not json:
         if first:
             print(score(vae, part, split, particles=particles))
@@ -87,8 +95,11 @@ def evaluate(
     if estimate:
         found |= {f"L_{samples}_{key}": value for key, value in estimate.summary().items()}
         found[f"L_{samples}"] = found.pop(f"L_{samples}_L_{samples}")
+        share = found[f"L_{samples}_unreliable"]
+        # Of too few draws there is no k-hat to tell by.
+        found["reliable"] = None if estimate.pareto_k.isnan().any() else not share
         found["bits_per_dimension"] = estimate.bits_per_dimension
-        found["bits"] = "upper bound, 8 bit" if part.level else _bits(batch)
+        found["bits"] = _bits(part, batch, found["bits_per_dimension"])
         arrays |= _kept(estimate)
         pictures["k_hat"] = plots.k_hat(arrays["pareto_k"], estimate.threshold)
     pyro.set_rng_seed(run.seed)
@@ -131,7 +142,7 @@ def compare(
     by: str = "prior",
     pair: str = "seed",
     split: SplitName = "test",
-    out: str = ".",
+    out: str | None = None,
 ) -> None:
     """Print differences between runs that differ in one setting, paired by another.
 
@@ -143,11 +154,10 @@ def compare(
         by: The setting, of config.yaml, that is compared.
         pair: The setting that tells which runs belong together.
         split: Split that they were evaluated on.
-        out: Folder for comparison.csv and comparison.tex.
+        out: Folder to write comparison.csv and comparison.tex to (default: they are not written).
     """
-    folder = Path(out)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder '{folder}' to write to; make it")
+    if out is not None and not Path(out).is_dir():
+        raise FileNotFoundError(f"there is no folder '{out}' to write to; make it")
     table: dict[str, dict[str, dict[str, float]]] = {}
     seen: dict[str, tuple[str, tuple[str, ...]]] = {}
     for run in runs:
@@ -169,13 +179,21 @@ def compare(
         raise ValueError(f"these runs cannot be compared by {by}: all have {next(iter(table))}")
     rows = _differences(table, by, pair)
     print(_text(rows))
+    if alone := [str(row[by]) for row in rows[1:] if row["pairs"] == 1]:
+        print(
+            f"no interval for {', '.join(alone)}, with one pair each: it takes two at least, so "
+            f"train and evaluate with another {pair} too"
+        )
+    if out is None:
+        return
     content = io.StringIO()
     writer = csv.DictWriter(content, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    checkpoints.write(folder / "comparison.csv", content.getvalue().encode())
-    checkpoints.write(folder / "comparison.tex", _latex(rows).encode())
-    print(f"{folder / 'comparison.csv'}, {folder / 'comparison.tex'}")
+    paths = [Path(out) / "comparison.csv", Path(out) / "comparison.tex"]
+    for path, text in zip(paths, (content.getvalue(), _latex(rows)), strict=True):
+        checkpoints.write(path, text.encode())
+    print(f"{paths[0]}, {paths[1]}")
 
 
 def _estimated(
@@ -275,8 +293,14 @@ def _write(path: Path, arrays: Mapping[str, Array], key: str) -> None:
     checkpoints.write(path, content.getvalue())
 
 
-def _bits(batch: Batch) -> str:
-    """What an integer of the data stands for."""
+def _bits(part: Split, batch: Batch, value: float | None) -> str | None:
+    """What an integer of the data stands for, or why dequantised ones have no bits."""
+    if part.view is dequantised and part.level is None:
+        return "x is not stored as whole numbers up to 255"
+    if value is None:
+        return None
+    if part.level:
+        return "upper bound, 8 bit"
     top = float(batch[0].max())
     return "1 bit" if top <= 1 else "8 bit" if top <= 255 else "whole numbers"
 
@@ -302,12 +326,16 @@ def _table(found: Mapping[str, Any], samples: int, split: str) -> str:
         share, median = found[f"{name}_unreliable"], found[f"{name}_pareto_k"]
         rows.append((name, found[name], f"± {found[f'{name}_standard_error']:.2f} over data"))
         said = "unreliable where k-hat is high" if share else "by the draws of z"
+        if found["reliable"] is None:
+            said += ", too few for a k-hat"
         rows.append(("  Monte Carlo error", f"{found[f'{name}_monte_carlo_error']:.4f}", said))
         rows.append(("  k-hat, median", median, f"too high for {share:.1%} of the data"))
         size = f"{found[f'{name}_effective_sample_size']:.0f}"
         rows.append(("  effective sample size", size, f"of {samples:,}, median"))
-        if found["bits_per_dimension"] is not None:
-            rows.append(("  bits per dimension", found["bits_per_dimension"], found["bits"]))
+        if found["bits"]:
+            bits = found["bits_per_dimension"]
+            shown = "none" if bits is None else f"{bits:.2f}"
+            rows.append(("  bits per dimension", shown, found["bits"]))
     rows += [
         ("ELBO", found["elbo"], f"± {found['standard_error']:.2f} over data"),
         ("  reconstruction", found["reconstruction"], "minus the distortion"),

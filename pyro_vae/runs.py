@@ -7,10 +7,12 @@ __all__ = [
     "Run",
     "SplitName",
     "bounds",
+    "check_threads",
     "dataset_batches",
     "dataset_of",
     "device_of",
     "encode",
+    "in_threads",
     "interpolate",
     "manifold",
     "pictures",
@@ -153,7 +155,8 @@ class Run:
         """What the run's config.yaml says; what is amiss while it is used is said of that file."""
         path = Path(self.run) / "config.yaml"
         if not path.is_file():
-            raise FileNotFoundError(f"'{self.run}' has no config.yaml, which names its data")
+            why = ", since it was trained from Python" if checkpoints.of_python(self.run) else ""
+            raise FileNotFoundError(f"'{self.run}' has no config.yaml, which names its data{why}")
         try:
             content = path.read_text()
             checkpoints.check_header(content, path)
@@ -332,6 +335,32 @@ def device_of(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"there is no device '{name}' here; use --device cpu") from error
     return place
+
+
+def check_threads(count: int) -> None:
+    """Refuse a number of threads that is none.
+
+    Raises:
+        ValueError: There is not even one.
+    """
+    if count < 1:
+        raise ValueError(f"a command takes at least 1 thread, not {count}")
+
+
+@contextlib.contextmanager
+def in_threads(count: int) -> Iterator[None]:
+    """Let torch share its work out to so many threads, and put back what there was.
+
+    Raises:
+        ValueError: As for `check_threads`.
+    """
+    check_threads(count)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def dataset_batches(part: Split) -> Iterator[tuple[Tensor, ...]]:

@@ -120,8 +120,13 @@ class Split:
 
     @property
     def level(self) -> float | None:
-        """Width of a grey level in what is scored, where these are dequantised; else None."""
-        return 1 / 256 if self.view is dequantised else None
+        """Width of a grey level in what is scored, where these are dequantised; else None.
+
+        Data have the 256 levels as whole numbers up to 255. Of others, 17 levels over 16 for one,
+        a density knows fewer levels, or none, and its bits would not be those of 256.
+        """
+        stored = self.top == 255 and not self.x.is_floating_point()
+        return 1 / 256 if self.view is dequantised and stored else None
 
     def mean(self) -> Tensor:
         """Mean of what is scored over the rows, of shape `shape`; dynamic binarisation keeps it.

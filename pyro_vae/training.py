@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["fit"]
+__all__ = ["check_settings", "fit"]
 
 import contextlib
 import math
@@ -95,9 +95,11 @@ def fit(
         seed: Seed of the order; z and the binarisation are drawn from torch's own generator.
         mode: How the programs run, as for `CompiledSVI`; by default what is soonest done with so
             many steps, which is eager for few hundreds and compiled from ten thousand on.
-        run: Folder to write metrics, checkpoints and weights to, which `pyro_vae.restore` reads.
+        run: Folder to write metrics, checkpoints and weights to; `pyro_vae.restore` reads these
+            into a pair that was made alike, by ``restore(pair, "RUN/best.safetensors")``.
         resume: Whether to go on with the run in that folder; where there is none, one begins.
-        checkpoint: Minutes between checkpoints. The newest two are kept.
+        checkpoint: Minutes between checkpoints, 0 for one after each step. The newest two are
+            kept.
         skip_nonfinite: Greatest number of steps to leave out, in the whole run, since their loss
             or a gradient is NaN or infinite: weights, buffers and optimiser stay as they were.
             Every gradient is then looked at, which costs a tenth of a step.
@@ -126,9 +128,11 @@ def fit(
         [1437, 2874]
     """
     _check_kinds(data, objective, optimizer)
+    check_settings(epochs, batch_size, warmup, clip, patience, checkpoint, skip_nonfinite)
     ranks = Ranks.here()
-    _check_settings(len(data.train) // ranks.size, epochs, batch_size, warmup, clip, patience)
-    _check_care(run, resume, checkpoint, skip_nonfinite)
+    _check_room(len(data.train) // ranks.size, batch_size)
+    if resume and run is None:
+        raise ValueError("there is no run to resume; give its folder as `run`")
     if patience and not len(data.validation):
         raise ValueError("patience needs a validation split, whose bound it watches")
     parameters = [each for each in pair.parameters() if each.requires_grad]
@@ -173,7 +177,8 @@ def fit(
         exchange = Exchange(ranks, parameters, buffers)
         budget = now.planned * batches  # of which the warm-up is a part, however long it goes on
         done = min(now.batch * batch_size, len(data.train))
-        bar.update((now.epoch - 1) * rows + ranks.size * done)
+        # Where the bar begins, so that its rate is of what is done from now on.
+        bar.initial = bar.n = bar.last_print_n = (now.epoch - 1) * rows + ranks.size * done
         for epoch in range(now.epoch, epochs + 1):
             calm = epoch - 1 - max(now.best_epoch, math.ceil(warmup * now.planned))
             if patience and calm >= patience:
@@ -230,6 +235,36 @@ def fit(
                 scheduler.step()
     pair.eval()
     return now.rows
+
+
+def check_settings(
+    epochs: int,
+    batch_size: int,
+    warmup: float,
+    clip: float,
+    patience: int | None,
+    checkpoint: float,
+    skip_nonfinite: int,
+) -> None:
+    """Refuse settings of `fit` that no data would fit.
+
+    Raises:
+        ValueError: One is out of its range.
+    """
+    if epochs < 1:
+        raise ValueError(f"training takes at least 1 epoch, not {epochs}")
+    if batch_size < 1:
+        raise ValueError(f"a batch has at least 1 datum, not {batch_size}")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"the warm-up is a fraction of the budget, 0 to below 1, not {warmup}")
+    if not clip > 0:
+        raise ValueError(f"gradients are clipped to a norm above 0, not {clip}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience is at least 1 epoch, not {patience}")
+    if not checkpoint >= 0:
+        raise ValueError(f"the minutes between checkpoints are 0 or more, not {checkpoint}")
+    if skip_nonfinite < 0:
+        raise ValueError(f"the steps that may be left out are 0 or more, not {skip_nonfinite}")
 
 
 class _Stored(ELBO):
@@ -342,30 +377,11 @@ def _check_kinds(data: Any, objective: Any, optimizer: Any) -> None:
         )
 
 
-def _check_settings(
-    rows: int, epochs: int, batch_size: int, warmup: float, clip: float, patience: int | None
-) -> None:
-    if epochs < 1:
-        raise ValueError(f"training takes at least 1 epoch, not {epochs}")
-    if not 1 <= batch_size <= rows:
+def _check_room(rows: int, batch_size: int) -> None:
+    if batch_size > rows:
         raise ValueError(
             f"a batch size of {batch_size} does not fit the {rows} training data; give 1 to {rows}"
         )
-    if not 0 <= warmup < 1:
-        raise ValueError(f"the warm-up is a fraction of the budget, 0 to below 1, not {warmup}")
-    if not clip > 0:
-        raise ValueError(f"gradients are clipped to a norm above 0, not {clip}")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience is at least 1 epoch, not {patience}")
-
-
-def _check_care(run: Any, resume: bool, checkpoint: float, skip_nonfinite: int) -> None:
-    if resume and run is None:
-        raise ValueError("there is no run to resume; give its folder as `run`")
-    if not checkpoint >= 0:
-        raise ValueError(f"the minutes between checkpoints are 0 or more, not {checkpoint}")
-    if skip_nonfinite < 0:
-        raise ValueError(f"the steps that may be left out are 0 or more, not {skip_nonfinite}")
 
 
 def _fixed(part: Split) -> Iterator[tuple[Tensor, ...]]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import struct
 import tracemalloc
 
@@ -11,7 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from pyro_vae import checkpoints, load, restore
+import pyro_vae
+from pyro_vae import checkpoints, fit, load, restore
 from pyro_vae.parts import Blueprint, Part
 
 SMALL = {"shape": (1, 8, 8), "latent": 2, "hidden": (16,)}
@@ -308,6 +310,19 @@ def test_a_missing_file_is_named(missing, words, run):
 def test_a_missing_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere' is no run"):
         load(tmp_path / "nowhere")
+
+
+def test_a_run_of_python_says_how_to_get_its_weights_back(vae, digits, tmp_path):
+    run = tmp_path / "own"
+    fit(vae, digits, epochs=1, run=run, progress=False)
+    with pytest.raises(FileNotFoundError, match="own' was trained from Python, and has") as said:
+        load(run)
+    made = re.search(r"pyro_vae\.(restore)\(vae, '(.*)'\)$", str(said.value))
+    trained = {key: value.clone() for key, value in vae.state_dict().items()}
+    for each in vae.parameters():
+        torch.nn.init.zeros_(each)
+    getattr(pyro_vae, made[1])(vae, made[2])
+    assert all(torch.equal(vae.state_dict()[key], value) for key, value in trained.items())
 
 
 def test_create_makes_new_folders_and_takes_empty_ones(tmp_path):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import numpy as np
@@ -867,6 +868,38 @@ def test_misuse_is_one_sentence_and_leaves_nothing(line, run, grey, labelled, he
     assert contents(run) == before
 
 
+def test_a_run_of_python_is_told_from_others(here, vae, digits, capsys):
+    fit(vae, digits, epochs=1, run="own", progress=False)
+    before = contents(here)
+    for command in ("evaluate", "sample", "reconstruct", "interpolate", "manifold", "encode"):
+        said = refusal(2, f"{command} own", capsys)
+        assert said.endswith("by pyro_vae.restore(vae, 'own/best.safetensors')")
+    assert "no config.yaml, which names its data, since it was" in refusal(
+        2, "compare own own", capsys
+    )
+    said = refusal(2, "train --resume own", capsys)
+    assert said.endswith("go on with it there, by fit(..., run='own', resume=True)")
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--epochs 0", "training takes at least 1 epoch, not 0"),
+        ("--batch-size 0", "a batch has at least 1 datum, not 0"),
+        ("--warmup 2", "the warm-up is a fraction of the budget, 0 to below 1, not 2"),
+        ("--clip 0", "gradients are clipped to a norm above 0, not 0"),
+        ("--patience 0", "patience is at least 1 epoch, not 0"),
+        ("--checkpoint -1", "the minutes between checkpoints are 0 or more, not -1"),
+        ("--skip-nonfinite -1", "the steps that may be left out are 0 or more, not -1"),
+        ("--threads 0", "a command takes at least 1 thread, not 0"),
+    ],
+)
+def test_settings_are_refused_before_data_are_read(options, words, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "dataset_of", lambda settings: pytest.fail("data were read"))
+    assert words in refusal(2, f"train {options}", capsys)
+
+
 def test_a_refused_run_leaves_the_empty_folder_that_was_there(here, capsys):
     (here / "mine").mkdir()
     refusal(2, "train --epochs 0 --out mine", capsys)
@@ -998,12 +1031,48 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(options, number, here, monkey
     assert all(readable(here / "run" / name) for name in PICTURES)
 
 
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_sentences_without_a_place_in_the_code(here, monkeypatch, capsys):
+    stopped(f"{LONG} --mode eager --out run", 30, monkeypatch, capsys)
+    old, new = sorted((here / "run" / "checkpoints").iterdir())
+    new.write_bytes(new.read_bytes()[:-1] + b"?")
+    shown = warnings.showwarning
+    assert call("train --resume run") == 0
+    assert warnings.showwarning is shown
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line and "img/s" not in line]
+    path = f"run/checkpoints/{new.name}"
+    words = f"it is put aside, and '{old.name}' before it is taken"
+    assert errors == [f"pyro-vae: '{path}' is damaged: its checksum differs; {words}"]
+
+
 def test_more_epochs_are_remembered_by_the_checkpoint(here, monkeypatch, capsys):
     assert call(f"{LONG} --out run") == 0
     stopped("train --resume run --epochs 6", 60, monkeypatch, capsys)
     assert call("train --resume run") == 0
     assert [row["epoch"] for row in metrics(here / "run")] == [1, 2, 3, 4, 5, 6]
     assert "has 6 epochs, more than 5" in refusal(2, "train --resume run --epochs 5", capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("", "4 epochs; `pyro-vae train --resume run --epochs N` extends it to N of them"),
+        ("--patience 1 --lr 0 --warmup 0", "a patience of 1 ended it after {} epochs"),
+    ],
+)
+def test_a_run_that_is_finished_says_so(options, words, here, capsys):
+    assert call(f"{LONG} {options} --out run") == 0
+    before, last = metrics(here / "run"), weights(here / "run")
+    shown = capsys.readouterr().out.splitlines()
+    assert call("train --resume run") == 0
+    again = capsys.readouterr()
+    said = again.out.splitlines()
+    assert [*said[:2], *said[3:]] == shown
+    assert said[2].startswith("'run' is finished: ")
+    assert said[2].endswith(words.format(len(before)))
+    assert ("img/s" in again.err) == (len(before) < 4) == bool(options)
+    assert (metrics(here / "run"), weights(here / "run")) == (before, last)
 
 
 @pytest.mark.parametrize(
@@ -1106,6 +1175,7 @@ def test_help_says_what_each_command_does(arguments, capsys):
     assert main(arguments) == 0
     output = capsys.readouterr().out
     assert all(command.__doc__.splitlines()[0] in output for command in COMMANDS.values())
+    assert "`python -m pyro_vae` is the same as `pyro-vae`" in " ".join(output.split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from pyro_vae import MLP, VAE, checkpoints, data, fit, likelihoods, posteriors, priors
+from pyro_vae import MLP, VAE, checkpoints, data, fit, likelihoods, posteriors, priors, training
 from pyro_vae.objectives import IWAE, BetaELBO
 from pyro_vae.progress import Progress, Standing, Stopped
 
@@ -235,6 +235,27 @@ def test_more_epochs_change_nothing_before_them(tmp_path):
     assert again[1] == after
     with pytest.raises(ValueError, match="has 8 epochs, more than 7"):
         trained(run=tmp_path, resume=True, warmup=0.6, epochs=7)
+
+
+def test_the_bar_of_a_run_that_goes_on_counts_what_it_does(tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(training.tqdm):
+        def close(self):
+            shown.append((self.initial, self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(training, "tqdm", Bar)
+    interrupted(8, tmp_path, progress=True)  # 5 batches, which are 30 data, and 3 of 7 data
+    assert [*dict.fromkeys(shown)] == [(0, 51, 150), (51, 150, 150)]
+
+
+def test_no_minutes_between_checkpoints_are_one_after_each_step(tmp_path, monkeypatch):
+    kept, keep = [], checkpoints.keep
+    monkeypatch.setattr(checkpoints, "keep", lambda *args: kept.append(args[1]) or keep(*args))
+    trained(run=tmp_path, epochs=2, checkpoint=0)
+    assert [*dict.fromkeys(kept)] == [*range(11)]
+    assert "checkpoints, 0 for one after each step" in str(fit.__doc__)
 
 
 def test_resuming_begins_where_there_is_no_run(tmp_path):

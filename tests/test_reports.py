@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -65,6 +66,32 @@ def test_the_table_the_json_and_the_arrays_agree(copy, capsys):
         assert str(picture) in table
 
 
+@pytest.mark.parametrize(
+    ("k", "reliable", "words"),
+    [
+        (0.3, True, "by the draws of z\n"),
+        (0.9, False, "unreliable where k-hat is high\n"),
+        (np.nan, None, "by the draws of z, too few for a k-hat\n"),
+    ],
+)
+def test_a_program_can_tell_what_the_table_says_of_trust(
+    k, reliable, words, copy, monkeypatch, capsys
+):
+    def estimated(*arguments, **options):
+        found = log_likelihood(*arguments, **options)
+        found.pareto_k[:] = 0.1
+        found.pareto_k[0] = k
+        return found
+
+    monkeypatch.setattr(reports, "log_likelihood", estimated)
+    assert call(f"evaluate {copy} --samples 40 --json") == 0
+    assert json.loads(capsys.readouterr().out)["reliable"] is reliable
+    assert call(f"evaluate {copy} --samples 40") == 0
+    assert words in capsys.readouterr().out
+    assert call(f"evaluate {copy} --samples 0 --json") == 0
+    assert "reliable" not in json.loads(capsys.readouterr().out)
+
+
 def test_the_estimates_are_those_of_the_vae_that_load_gives(copy):
     part = data.load("digits", view=data.dynamic).test
     batch = next(part.batches(1000, torch.Generator().manual_seed(0)))
@@ -105,6 +132,21 @@ def test_a_stopped_estimate_goes_on_and_ends_the_same(copy, monkeypatch, capsys)
     assert counts == [50, 50, 50, 30]
 
 
+def test_threads_are_those_asked_for_and_put_back(copy, monkeypatch):
+    seen, true = [], reports.bound
+
+    def watched(*arguments, **options):
+        seen.append(torch.get_num_threads())
+        return true(*arguments, **options)
+
+    monkeypatch.setattr(reports, "bound", watched)
+    before = torch.get_num_threads()
+    for options in ("", "--threads 3", "--threads 1"):
+        assert call(f"evaluate {copy} --samples 20 {options}") == 0
+        assert torch.get_num_threads() == before
+    assert seen == [before, 3, 1]
+
+
 def test_new_weights_make_a_new_estimate(copy):
     before = arrays(copy)["log_likelihood"]
     vae = load(copy)
@@ -140,6 +182,21 @@ def test_differences_are_paired(runs, tmp_path, capsys):
     assert r"L\_50" in latex
 
 
+def test_one_pair_has_no_interval_and_says_so(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    places = {name: runs / name for name in ("Normal-0", "Laplace-0", "Normal-1", "Laplace-1")}
+    assert call(f"compare {places['Normal-0']} {places['Laplace-0']}") == 0
+    table = capsys.readouterr().out
+    (said,) = table.splitlines()[3:]
+    assert said.startswith("no interval for Laplace(scale=1.0), with one pair each: it takes two")
+    assert said.endswith("train and evaluate with another seed too")
+    assert " to " not in table
+    assert call(f"compare {' '.join(map(str, places.values()))}") == 0
+    assert "no interval" not in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())  # nothing is written that was not asked for
+
+
 def sentence(line, capsys):
     capsys.readouterr()
     assert call(line) == 2
@@ -172,6 +229,8 @@ def test_what_cannot_be_compared_is_said(runs, copy, tmp_path, capsys):
 
 def test_bad_runs_are_refused_in_a_sentence(copy, capsys):
     assert "0 to leave it out, not -1" in sentence(f"evaluate {copy} --samples -1", capsys)
+    said = sentence(f"evaluate {copy} --threads 0", capsys)
+    assert "a command takes at least 1 thread, not 0" in said
     np.save(copy / "wide.npy", np.zeros((50, 9, 9), np.float32))
     said = sentence(f"evaluate {copy} --data {copy / 'wide.npy'}", capsys)
     assert "was trained on data of shape (1, 8, 8)" in said
@@ -180,8 +239,9 @@ def test_bad_runs_are_refused_in_a_sentence(copy, capsys):
 
 
 def test_dequantised_pixels_have_bits_as_an_upper_bound(tmp_path, capsys):
-    run = tmp_path / "noisy"
-    options = "--likelihood Normal --binarisation dequantised"
+    run, place = tmp_path / "noisy", tmp_path / "bytes.npy"
+    np.save(place, (255 * data.load("digits").train.x.numpy()).round().astype(np.uint8))
+    options = f"--data {place} --likelihood Normal --binarisation dequantised"
     assert call(f"{TRAIN} {options} --out {run}") == 0
     capsys.readouterr()
     assert call(f"evaluate {run} --samples 20 --json") == 0
@@ -193,6 +253,19 @@ def test_dequantised_pixels_have_bits_as_an_upper_bound(tmp_path, capsys):
     table = capsys.readouterr().out
     assert f"{bits:.2f}  upper bound, 8 bit" in table
     assert "total correlation" in table
+
+
+def test_dequantised_values_of_fewer_levels_have_no_bits(tmp_path, capsys):
+    run = tmp_path / "noisy"  # of the embedded digits, which have 17 levels
+    options = "--likelihood Normal --binarisation dequantised"
+    assert call(f"{TRAIN} {options} --out {run}") == 0
+    capsys.readouterr()
+    assert call(f"evaluate {run} --samples 20 --json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bits_per_dimension"] is None
+    assert found["bits"] == "x is not stored as whole numbers up to 255"
+    assert call(f"evaluate {run} --samples 20") == 0
+    assert re.search(f"bits per dimension +none  {found['bits']}\n", capsys.readouterr().out)
 
 
 def test_grey_levels_are_labelled_and_have_no_calibration(tmp_path, capsys):

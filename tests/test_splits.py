@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import stats
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from pyro_vae.splits import Split, divide, dynamic, levels, plain, split, threshold
+from pyro_vae.splits import Split, dequantised, divide, dynamic, levels, plain, split, threshold
 
 WHOLE = {"validation": 0, "test": 0}
 
@@ -235,6 +235,22 @@ def test_equal_seeds_give_equal_dynamic_binarisation(shuffle):
     )
     assert first.equal(again)
     assert not first.equal(other)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top", "level"),
+    [
+        (torch.uint8, None, 1 / 256),
+        (torch.int32, 255, 1 / 256),
+        (torch.uint8, 254, None),
+        (torch.float32, 255, None),
+    ],
+)
+def test_dequantised_values_have_a_level_where_they_are_stored_as_256(dtype, top, level):
+    stored = torch.tensor([[0, 3], [254, 1]]).to(dtype)
+    whole = split(stored, top=top, **WHOLE)
+    assert whole.viewed(dequantised).train.level == level
+    assert whole.train.level is None
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])

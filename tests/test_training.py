@@ -242,7 +242,7 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path, monkeypatch):
     [
         ({"epochs": 0}, "at least 1 epoch, not 0"),
         ({"batch_size": 31}, "31 does not fit the 30 training data; give 1 to 30"),
-        ({"batch_size": 0}, "0 does not fit"),
+        ({"batch_size": 0}, "a batch has at least 1 datum, not 0"),
         ({"warmup": 1.0}, "fraction of the budget"),
         ({"warmup": -0.1}, "fraction of the budget"),
         ({"patience": 0}, "at least 1 epoch, not 0"),
