@@ -78,11 +78,10 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
         return
     batches = list(dataset_batches(part))
     batch = tuple(torch.cat(columns) for columns in zip(*batches, strict=True))
+    halves = bound(vae, batches, particles=particles) if first else None
     estimate = _estimated(run, vae, batch, split, samples, part.level) if samples else None
-    if not first:
+    if halves is None:
         return
-    pyro.set_rng_seed(run.seed)
-    halves = bound(vae, batches, particles=particles)
     found: dict[str, Any] = {
         "run": run.run,
         "split": split,

@@ -151,6 +151,18 @@ def test_a_killed_run_is_the_run_that_was_not(tmp_path):
     assert all(0 < row["step"] < 240 for row in results["kills"])
 
 
+def test_two_processes_are_measured_against_one(tmp_path):
+    options = ["--data", "digits", "--hidden", "16", "--batch-size", "64", "--mode", "eager"]
+    options += ["--epochs", "1", "--steps", "3", "--rounds", "1", "--kills", "1"]
+    output = run("benchmarks/processes.py", tmp_path, *options, "--out", str(tmp_path))
+    assert "two that train together" in output
+    results = json.loads((tmp_path / "processes.json").read_text())
+    assert [row["step"] for row in results["numbers"]] == [1, 2, 3]
+    # Sums of 64 rows in float32, in whatever order, and steps of 1e-3.
+    assert all(row["loss"] < 1e-5 and row["weights"] < 1e-4 for row in results["numbers"])
+    assert results["exchange"]["bytes"] > 0
+
+
 @pytest.fixture
 def benchmarks(monkeypatch):
     """The folder of the benchmarks as a place to import from."""
