@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, distributed, nn
@@ -18,7 +19,7 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 
 from pyro_vae.splits import Data, Split
 
-_WAIT = timedelta(minutes=10)  # for a process that neither answers nor has ended
+_WAIT = timedelta(minutes=30)  # for a process that neither answers nor has ended
 _ASKED = 64  # steps between looks at a GPU's buffer, each of which waits for the GPU
 
 
@@ -107,16 +108,22 @@ class Ranks:
 
     def send(self, content: bytes) -> bytes:
         """What the first process gives, in all of them."""
-        return self.collect(content if self.first else b"")[0]
+        if self.size == 1:
+            return content
+        sizes = self._sizes(len(content), _device())
+        rows = _packed(content) if self.first else torch.zeros(sizes[0], dtype=torch.uint8)
+        rows = rows.to(_device())
+        with _answering():
+            distributed.broadcast(rows, 0)
+        return rows.cpu().numpy().tobytes()
 
     def collect(self, content: bytes) -> list[bytes]:
         """What each process gives, in all of them, by rank."""
         if self.size == 1:
             return [content]
-        rows = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)[: len(content)]
-        rows = rows.to(_device())
-        counts = self._sizes(len(rows), rows.device)
-        return [bytes(part.tolist()) for part in self.gather(rows).cpu().split(counts)]
+        rows = _packed(content).to(_device())
+        sizes = self._sizes(len(rows), rows.device)
+        return [part.numpy().tobytes() for part in self.gather(rows).cpu().split(sizes)]
 
     def _sizes(self, size: int, device: torch.device) -> list[int]:
         sizes = torch.zeros(self.size, dtype=torch.long, device=device)
@@ -242,6 +249,11 @@ def _device() -> torch.device:
     """Where messages lie: in CPU memory, if the group can send from there."""
     cpu = "gloo" in str(distributed.get_backend_config())
     return torch.device("cpu" if cpu else "cuda")
+
+
+def _packed(content: bytes) -> Tensor:
+    array = np.frombuffer(content, np.uint8).copy()  # which torch may write to
+    return torch.from_numpy(array)
 
 
 @contextlib.contextmanager
