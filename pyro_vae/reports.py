@@ -63,6 +63,7 @@ def evaluate(
     if not samples and not json:
         print(score(vae, part, split, particles=particles))
         return
+    part = part.read()
     batches = list(dataset_batches(part))
     batch = tuple(torch.cat(columns) for columns in zip(*batches, strict=True))
     halves = bound(vae, batches, particles=particles)
