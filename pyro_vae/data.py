@@ -105,15 +105,15 @@ def load(
             f"'{source}' cannot stay on disk, as .npy files can; save it as one, or leave out "
             f"`mapped`"
         )
+    if mapped is None:
+        mapped = bool(files) and (path.is_dir() or path.stat().st_size >= _LARGE)
     if named:
         parts = SOURCES[str(source)].read(where, download)
-    elif path.is_dir() and not files:
-        parts = {"train": _images(path)}
-    elif files and (mapped or path.is_dir() or path.stat().st_size >= _LARGE):
+    elif files and (mapped or path.is_dir()):
         rows = Mapped.of(files, partial(_channels, path=path))
-        parts = {"train": Split(rows.read() if mapped is False else rows)}
+        parts = {"train": Split(rows if mapped else rows.read())}
     else:
-        parts = _arrays(path)
+        parts = {"train": _images(path)} if path.is_dir() else _arrays(path)
     return divide(parts, **{"name": str(source) if named else path.stem, **options})
 
 

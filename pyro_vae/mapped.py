@@ -363,7 +363,8 @@ def _opened(path: Path) -> Array:
     if not array.flags.c_contiguous:
         raise ValueError(
             f"'{path}' holds its columns together (Fortran order), so that no row can be read "
-            f"alone; save it anew by numpy.save(path, numpy.ascontiguousarray(array))"
+            f"alone; save it anew by numpy.save(path, numpy.ascontiguousarray(array)), or load it "
+            f"whole by mapped=False"
         )
     return np.asarray(array)
 
