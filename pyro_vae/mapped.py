@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 Array = npt.NDArray[Any]
 Item = TypeVar("Item")
+Window = tuple[Tensor, Tensor, Tensor]  # rows as they lie, their numbers, and the order to take
 
 _CPU = torch.device("cpu")
 _BLOCK = 2**20  # bytes that lie together: what a disk reads as fast as if it read in order
@@ -187,8 +188,8 @@ class Mapped:
         # Shown where it takes longer than a moment.
         with tqdm(total=len(self), desc="looking at values", unit="row", unit_scale=True,
                   delay=3, leave=False) as bar:  # fmt: skip
-            for x, rows in self._ahead():
-                facts.add(x, int(rows[0]))
+            for x, numbers, _ in _ahead(self._windows()):
+                facts.add(x, int(numbers[0]))
                 bar.update(len(x))
                 if self.dtype == torch.uint8 and facts.span == (0, 255):
                     break
@@ -261,8 +262,8 @@ class Mapped:
         if shuffle:
             place = generator.device if generator else None
             seed = int(torch.randint(2**62, (), generator=generator, device=place))
-        for x, rows in _cut(self._ahead(seed, skip * size), size):
-            yield x.to(self.device), rows.to(self.device)
+        for x, numbers in _batches(_ahead(self._windows(seed, skip * size)), size):
+            yield x.to(self.device), numbers.to(self.device)
 
     @property
     def _block(self) -> int:
@@ -274,11 +275,8 @@ class Mapped:
         """Bytes of a row."""
         return max(math.prod(self.shape[1:]) * self.like.element_size(), 1)
 
-    def _ahead(self, seed: int | None = None, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        return _ahead(self._windows(seed, skip))
-
-    def _windows(self, seed: int | None, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Windows of rows, and their numbers, without as many rows as are to be skipped."""
+    def _windows(self, seed: int | None = None, skip: int = 0) -> Iterator[Window]:
+        """Windows of rows, in a new order where there is a seed, but for the first `skip` rows."""
         size, count = self._block, len(self)
         starts = torch.arange(0, count, size)
         generator = torch.Generator()
@@ -288,16 +286,15 @@ class Mapped:
         for some in starts.split(max(_WINDOW // (size * self._width), 1)):
             spans = [(start, min(start + size, count)) for start in some.tolist()]
             numbers = torch.cat([torch.arange(*span) for span in spans] or [starts])
-            order = None
+            order = torch.arange(len(numbers))
             if seed is not None:
                 order = torch.randperm(len(numbers), generator=generator)
-                numbers = torch.empty_like(numbers).index_copy_(0, order, numbers)
             if skip < len(numbers):
-                yield self._rows(spans, order)[skip:], numbers[skip:]
+                yield self._rows(spans), numbers, order[skip:]
             skip = max(skip - len(numbers), 0)
 
-    def _rows(self, spans: Sequence[tuple[int, int]], order: Tensor | None = None) -> Tensor:
-        """Rows in memory, each where `order` puts it."""
+    def _rows(self, spans: Sequence[tuple[int, int]]) -> Tensor:
+        """The rows of some spans, in memory."""
         count = sum(stop - start for start, stop in spans)
         rows = self.like.new_empty(count, *self.shape[1:])
         begin, files = 0, dict[Path, Array]()  # which are let go of, with their pages, at the end
@@ -308,13 +305,9 @@ class Mapped:
                 raise ValueError(
                     f"'{path}' has fewer rows than before; put it back, or begin anew"
                 )
-            some = self.convert(files[path][start:stop])
-            places = slice(begin, begin + stop - start)
-            if order is None:
-                rows[places] = some
-            else:
-                rows.index_copy_(0, order[places], some)
-            begin = places.stop
+            end = begin + stop - start
+            rows[begin:end] = self.convert(files[path][start:stop])
+            begin = end
         return rows
 
     def _cut(self, spans: Sequence[tuple[int, int]]) -> Mapped:
@@ -378,15 +371,14 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def _cut(windows: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of `size` rows from windows of any, the last one smaller where need be."""
+def _batches(windows: Iterable[Window], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of `size` rows with their numbers, across windows, the last one smaller."""
     held, wanted = list[tuple[Tensor, Tensor]](), size
-    for x, rows in windows:
-        start = 0
-        while start < len(rows):
-            stop = min(start + wanted, len(rows))
-            held.append((x[start:stop], rows[start:stop]))
-            start, wanted = stop, wanted - (stop - start)
+    for x, numbers, order in windows:
+        while len(order):
+            taken, order = order[:wanted], order[wanted:]
+            held.append((x.index_select(0, taken), numbers[taken]))
+            wanted -= len(taken)
             if not wanted:
                 yield _joined(held)
                 held, wanted = [], size

@@ -154,7 +154,8 @@ class Split:
         """
         generator = torch.Generator(self.x.device).manual_seed(0)  # of a view of the user's own
         total, count = torch.zeros(2, *self.x.shape[1:], dtype=torch.float64)
-        for x, *_ in self.expected().batches(8192, generator):
+        size = max(min(2**24 // max(total.numel(), 1), 8192), 1)  # whatever the size of a row
+        for x, *_ in self.expected().batches(size, generator):
             total += x.nansum(0, dtype=torch.float64).cpu()
             count += (~x.isnan()).sum(0).cpu()
         mean = total / count
@@ -201,13 +202,14 @@ class Split:
             for x, numbers in self.x.batches(size, generator, shuffle=shuffle, skip=skip):
                 yield x, *(c[numbers] for c in self.context)
             return
-        device = self.x.device
+        columns, device = (self.x, *self.context), self.x.device
         order = torch.randperm(len(self), generator=generator, device=device) if shuffle else None
         for start in range(skip * size, len(self), size):
-            rows: Any = slice(start, start + size)
-            if order is not None:
-                rows = order[rows]
-            yield self.x[rows], *(c[rows] for c in self.context)
+            rows = slice(start, start + size)
+            if order is None:
+                yield tuple(column[rows] for column in columns)
+            else:  # several times as fast as an index in brackets
+                yield tuple(column.index_select(0, order[rows]) for column in columns)
 
 
 @dataclass(frozen=True)
