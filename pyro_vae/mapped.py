@@ -9,6 +9,7 @@ __all__ = ["Array", "Facts", "Mapped", "unreadable"]
 
 import dataclasses
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,23 +73,24 @@ class Facts:
     def add(self, rows: Tensor, start: int = 0) -> None:
         """Add rows, the first of which has the number `start`."""
         self.values += rows.numel()
+        if not rows.numel():
+            return
         rows = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
-        if rows.is_floating_point():
+        low, high = rows.aminmax()
+        if not (low.isfinite() and high.isfinite()):  # NaN is the least and the greatest
             gaps, infinite = rows.isnan(), rows.isinf()
-            for key, found in (
-                ("missing", gaps.any(1)),
-                ("infinite", infinite.any(1)),
-                ("empty", gaps.all(1)),
-            ):
-                if key not in self.first and found.any():
-                    self.first[key] = start + int(found.nonzero()[0])
+            empty = gaps.all(1)
             self.missing += int(gaps.sum())
             self.infinite += int(infinite.sum())
-            self.empty += int(gaps.all(1).sum())
-            rows = rows[~gaps] if gaps.any() else rows
-        if rows.numel():
-            low, high = rows.aminmax()
-            self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
+            self.empty += int(empty.sum())
+            found = {"missing": gaps.any(1), "infinite": infinite.any(1), "empty": empty}
+            for key, where in found.items():
+                if key not in self.first and where.any():
+                    self.first[key] = start + int(where.nonzero()[0])
+            if empty.all():
+                return
+            low, high = rows[~gaps].aminmax()
+        self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +189,8 @@ class Mapped:
         facts = Facts()
         # Shown where it takes longer than a moment.
         with tqdm(total=len(self), desc="looking at values", unit="row", unit_scale=True,
-                  delay=3, leave=False) as bar:  # fmt: skip
+                  delay=3, mininterval=0.2 if sys.stderr.isatty() else 10.0,
+                  leave=False) as bar:  # fmt: skip
             for x, numbers, _ in _ahead(self._windows()):
                 facts.add(x, int(numbers[0]))
                 bar.update(len(x))
