@@ -145,7 +145,7 @@ class Mapped:
                     f"'{paths[0]}' of {first.shape[1:]} and {first.dtype}; make all files alike"
                 )
             if len(array):
-                segments.append(Segment(path, 0, len(array)))
+                segments.append(Segment(path.absolute(), 0, len(array)))
         return Mapped(tuple(segments), convert, convert(first[:0]))
 
     @cached_property
@@ -353,6 +353,7 @@ def _opened(path: Path) -> Array:
     except Exception as error:  # tokenize, for one, lets through its own
         raise unreadable(path, error) from error
     if not isinstance(array, np.ndarray):
+        array.close()
         raise ValueError(f"'{path}' is an archive; unpack it, or give it the ending .npz")
     if array.ndim < 1:
         raise ValueError(f"'{path}' holds one number and no rows; give an array (N, *shape)")

@@ -227,8 +227,9 @@ def arguments():
     parser.add_argument("--path", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.device = "cpu"
-    if options.largest:
-        options.sizes.append(options.largest)
+    options.sizes += [options.largest] if options.largest else []
+    if any(size < 1 or size % BATCH for size in options.sizes):
+        parser.error(f"numbers of images are multiples of {BATCH}, the size of a batch")
     return options
 
 
