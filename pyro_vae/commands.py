@@ -89,7 +89,8 @@ def train(
     """Train a VAE and draw its pictures.
 
     Args:
-        data: Data set: a name (see `pyro-vae data`), a .npy or .npz file, or a folder of images.
+        data: Data set: a name (see `pyro-vae data`), a .npy or .npz file, or a folder of .npy
+            files or images. Files of 1 GiB and more, and folders of .npy files, stay on disk.
         data_dir: Folder of the named data sets (default: $PYRO_VAE_DATA or ~/.cache/pyro_vae).
         binarisation: dynamic (drawn anew each epoch), threshold (at one half), levels (none,
             but whole grey levels 0 to 255), dequantised (these with uniform noise, over 256, for
@@ -238,7 +239,7 @@ def data(name: str | None = None, *, data_dir: str | None = None, download: bool
     """Say which data sets there are, or fetch one and say what it holds.
 
     Args:
-        name: A name, a .npy or .npz file, or a folder of images.
+        name: A name, a .npy or .npz file, or a folder of .npy files or images.
         data_dir: Folder of the named data sets.
         download: Whether to fetch what is not there.
     """
@@ -365,8 +366,7 @@ def _summary(dataset: Data) -> str:
     names = ("training", "validation", "test")
     counts = [f"{len(part):,} {name}" for name, part in zip(names, dataset.splits, strict=True)]
     shape = "x".join(map(str, dataset.shape))
-    gaps = [int(part.x.isnan().sum()) for part in dataset.splits]
-    share = sum(gaps) / sum(part.x.numel() for part in dataset.splits)
+    share = dataset.missing
     missing = f", {share:.1%} of their values missing" if share else ""
     return f"{dataset.name}: {', '.join(counts)} data of shape {shape}{missing}"
 

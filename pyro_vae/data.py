@@ -43,8 +43,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from pyro_vae.mapped import Array, Mapped, unreadable
 from pyro_vae.splits import (
-    Array,
     Data,
     Split,
     dequantised,
@@ -59,6 +59,8 @@ from pyro_vae.splits import (
 
 # Elements of a sparse matrix that are worth unpacking: 32 GiB of them.
 _MOST = 2**33
+# Bytes of a .npy file that stays on disk.
+_LARGE = 2**30
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 
 
@@ -67,20 +69,25 @@ def load(
     *,
     directory: str | Path | None = None,
     download: bool = True,
+    mapped: bool | None = None,
     **options: Any,
 ) -> Data:
-    """Load a data set by name, or from a ``.npy``/``.npz`` file or a folder of images.
+    """Load a data set by name, or from a ``.npy``/``.npz`` file or a folder of either or images.
 
     Official splits are kept. An ``.npz`` file holds ``x`` (or one array of any name) with
     ``labels`` and ``context``, whatever else a datum brings as ``(N, features)`` or ``(N,)``,
     where there are any; or ``train``, with ``valid``/``validation`` and ``test`` and likewise
     ``train_labels``, ``train_context``; or a sparse matrix of ``scipy.sparse.save_npz``, which
-    becomes its dense rows. Images in subfolders are labelled by their subfolder.
+    becomes its dense rows. Images in subfolders are labelled by their subfolder. A folder that
+    holds ``.npy`` files and nothing else is one data set, their rows in the order of their names.
 
     Args:
         source: A name in `SOURCES`, or a path.
         directory: Folder that holds or receives the named sets; by default `folder`.
         download: Whether to fetch what is not there.
+        mapped: Whether the rows of ``.npy`` files stay on disk, to be read when they are needed
+            (`pyro_vae.mapped.Mapped`); by default those of a file of 1 GiB and more, and of a
+            folder.
         options: How to divide it, as for `pyro_vae.splits.divide`.
 
     Raises:
@@ -89,14 +96,25 @@ def load(
         ConnectionError: A download that failed.
     """
     where = Path(directory).expanduser() if directory else folder()
-    if str(source) in SOURCES:
-        parts = SOURCES[str(source)].read(where, download)
-        return divide(parts, **{"name": str(source), **options})
-    path = Path(source).expanduser()
-    if not path.exists():
+    named, path = str(source) in SOURCES, Path(source).expanduser()
+    if not named and not path.exists():
         raise _missing(str(source))
-    parts = {"train": _images(path)} if path.is_dir() else _arrays(path)
-    return divide(parts, **{"name": path.stem, **options})
+    files = [] if named else _files(path)
+    if mapped and not files:
+        raise ValueError(
+            f"'{source}' cannot stay on disk, as .npy files can; save it as one, or leave out "
+            f"`mapped`"
+        )
+    if mapped is None:
+        mapped = bool(files) and (path.is_dir() or path.stat().st_size >= _LARGE)
+    if named:
+        parts = SOURCES[str(source)].read(where, download)
+    elif files and (mapped or path.is_dir()):
+        rows = Mapped.of(files, partial(_channels, path=path))
+        parts = {"train": Split(rows if mapped else rows.read())}
+    else:
+        parts = {"train": _images(path)} if path.is_dir() else _arrays(path)
+    return divide(parts, **{"name": str(source) if named else path.stem, **options})
 
 
 def folder() -> Path:
@@ -228,8 +246,16 @@ def _missing(source: str) -> Exception:
     hint = f"did you mean '{near[0]}'? There are" if near else "there are"
     return ValueError(
         f"unknown data set '{source}': {hint} {', '.join(SOURCES)}, or give a .npy or .npz "
-        f"file or a folder of images"
+        f"file or a folder of .npy files or images"
     )
+
+
+def _files(path: Path) -> list[Path]:
+    """The ``.npy`` files that a path is, or is a folder of and of nothing else."""
+    found = [path]
+    if path.is_dir():
+        found = sorted(each for each in path.iterdir() if not each.name.startswith("."))
+    return found if all(each.suffix == ".npy" and each.is_file() for each in found) else []
 
 
 def _arrays(path: Path) -> dict[str, Split]:
@@ -239,12 +265,7 @@ def _arrays(path: Path) -> dict[str, Split]:
             loaded = np.load(file, allow_pickle=False)
             arrays = {"x": loaded} if isinstance(loaded, np.ndarray) else _members(loaded)
         except Exception as error:  # zipfile, zlib and tokenize let through their own
-            objects = "Object arrays" in str(error)
-            fault = "holds Python objects" if objects else "is damaged or no NumPy file"
-            raise ValueError(
-                f"'{path}' {fault}; save numbers with numpy.save or numpy.savez, or delete it "
-                f"if it was downloaded"
-            ) from error
+            raise unreadable(path, error) from error
     if {"data", "format", "shape"} <= set(arrays):
         return {"train": Split(_dense(path))}
     if "train" in arrays:
@@ -334,7 +355,10 @@ def _images(path: Path) -> Split:
     found = (file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
     files = sorted(file for file in found if file.is_file())
     if not files:
-        raise ValueError(f"the folder '{path}' holds no images ({', '.join(sorted(_IMAGES))})")
+        raise ValueError(
+            f"the folder '{path}' holds no images ({', '.join(sorted(_IMAGES))}), and no .npy "
+            f"files by themselves"
+        )
     first = _image(files[0])
     x = torch.empty(len(files), *first.shape, dtype=torch.uint8)
     for row, file in enumerate(files):

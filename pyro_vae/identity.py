@@ -25,6 +25,7 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_vae.mapped import Mapped
 from pyro_vae.splits import Data
 
 
@@ -47,7 +48,10 @@ def settings(
         rows = torch.arange(min(len(part), 1000)) * len(part) // max(min(len(part), 1000), 1)
         rows = rows.to(part.x.device)
         digest.update(f"{len(part)} {part.top} {_name(part.view)}".encode())
-        for each in (part.x, *part.context):
+        if isinstance(part.x, Mapped):
+            digest.update(b"mapped")  # whose order is another one
+        columns: list[Tensor | Mapped] = [part.x, *part.context]
+        for each in columns:
             digest.update(f"{tuple(each.shape)} {each.dtype}".encode())
             digest.update(each[rows].contiguous().cpu().numpy().tobytes())
     groups = [

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae import importance, likelihoods, objectives, posteriors, priors
+from pyro_vae.mapped import Mapped
 from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, fill
 from pyro_vae.splits import Split
 from pyro_vae.vae import VAE
@@ -36,6 +37,8 @@ KINDS: dict[str, tuple[Any, ...]] = {
     "schedule": (LRScheduler, torch.optim.lr_scheduler),
 }
 _PARTS = ("prior", "likelihood", "posterior")
+# Rows on disk that parts may look at.
+_ROWS = 10_000
 ACTIVATIONS = ("ELU", "GELU", "Identity", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh")
 
 
@@ -149,7 +152,7 @@ class Blueprint:
         at_hand: dict[str, Callable[[], Any]] = {
             "latent": lambda: self.latent,
             "shape": lambda: self.shape,
-            "data": lambda: self._nothing if data is None else data.expected().batch()[0],
+            "data": lambda: self._nothing if data is None else _values(data),
             "encoder": cache(
                 lambda: self._encoder(
                     _told(classes["posterior"].outputs, self.latent, self.posterior),
@@ -333,6 +336,13 @@ def _unknown(name: str, kind: str) -> str:
         f"unknown {kind} '{name}': {hint} {', '.join(sorted(near.values()))}, or give the import "
         f"path of your own class, as in my_file.MyClass"
     )
+
+
+def _values(data: Split) -> Tensor:
+    """Rows as they are scored: all that are in memory, and of more on disk some of everywhere."""
+    if isinstance(data.x, Mapped) and len(data) > _ROWS:
+        data = data[torch.arange(_ROWS) * len(data) // _ROWS]
+    return data.expected().batch()[0]
 
 
 def _told(method: Callable[..., Any], size: Any, part: Part) -> Any:

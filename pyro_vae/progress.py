@@ -170,10 +170,7 @@ class Progress:
         """Return the batches of the epoch that are not done yet, in its order."""
         self._order = self.generator.get_state()
         self._began = time.perf_counter() - self.now.seconds
-        batches = data.train.stored(size, self.generator, shuffle=True)
-        for index, batch in enumerate(batches):
-            if index >= self.now.batch:
-                yield batch
+        yield from data.train.stored(size, self.generator, shuffle=True, skip=self.now.batch)
 
     @property
     def seconds(self) -> float:

@@ -76,6 +76,7 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
         if first:
             print(score(vae, part, split, particles=particles))
         return
+    part = part.read()
     batches = list(dataset_batches(part))
     batch = tuple(torch.cat(columns) for columns in zip(*batches, strict=True))
     halves = bound(vae, batches, particles=particles) if first else None

@@ -80,6 +80,7 @@ def batches(data: Rows) -> Iterator[Batch]:
 
 def joined(data: Rows) -> Batch:
     """All data as one batch."""
+    data = data.read() if isinstance(data, Split) else data
     return tuple(torch.cat(columns) for columns in zip(*batches(data), strict=True))
 
 

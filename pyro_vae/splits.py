@@ -3,7 +3,8 @@
 A split keeps its rows as they are stored, bytes for pixels, and turns each batch into
 what is scored by its *view*: `plain` values, whole grey `levels`, these `dequantised` by noise,
 a fixed `threshold`, or the `dynamic` binarisation that draws every pixel anew each time it is
-seen. A value that is missing is NaN, under every view.
+seen. A value that is missing is NaN, under every view. Rows may lie on disk, as `Mapped` has them:
+then batches are read as they are needed, and nothing here goes through them but in windows.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyro_vae.mapped import Array, Facts, Mapped
+
 View = Callable[[Tensor, torch.Generator | None], Tensor]
-Array = npt.NDArray[Any]
+
+# Values of rows on disk that are read into memory together: 2 GiB as they are scored.
+_MOST = 2**29
+# Blocks that rows on disk are divided by.
+_BLOCKS = 10_000
 
 
 def plain(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -78,14 +84,15 @@ class Split:
     """Rows of data: x as stored, with the context and the label of each row.
 
     Attributes:
-        x: Values ``(N, *shape)`` as stored, bytes where the source has bytes.
+        x: Values ``(N, *shape)`` as stored, bytes where the source has bytes; a tensor, or rows
+            on disk.
         context: Whatever else a datum brings to model and guide, tensors of N rows.
         labels: Classes ``(N,)``, which colour pictures and train nothing.
         top: The stored value that counts as 1, 255 for bytes of an image.
         view: From values, divided by `top`, to what is scored.
     """
 
-    x: Tensor
+    x: Tensor | Mapped
     context: tuple[Tensor, ...] = ()
     labels: Tensor | None = None
     top: float = 1.0
@@ -101,8 +108,8 @@ class Split:
     def __getitem__(self, index: slice | Tensor) -> Split:
         return self.map(lambda tensor: tensor[index])
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Split:
-        """Apply `function` to every tensor of the split."""
+    def map(self, function: Callable[[Any], Any]) -> Split:
+        """Apply `function` to every tensor of the split, and to its rows on disk."""
         return dataclasses.replace(
             self,
             x=function(self.x),
@@ -111,8 +118,25 @@ class Split:
         )
 
     def to(self, device: torch.device | str) -> Split:
-        """Return the split on another device."""
+        """Return the split on another device; rows on disk stay there, and their batches go."""
         return self.map(lambda tensor: tensor.to(device))
+
+    def read(self) -> Split:
+        """Return the split with its rows in memory.
+
+        Raises:
+            ValueError: They are on disk, and too many.
+        """
+        if not isinstance(self.x, Mapped):
+            return self
+        if self.x.numel() > _MOST:
+            raise ValueError(
+                f"this needs all {len(self):,} rows at once, which take "
+                f"{self.x.numel() * 4 / 2**30:,.1f} GiB as floats and stay on disk above "
+                f"{_MOST * 4 / 2**30:g} GiB; take fewer, as by a smaller --test, or go through "
+                f"their batches"
+            )
+        return dataclasses.replace(self, x=self.x.read())
 
     def expected(self) -> Split:
         """Return the split with its plain values in place of draws that have them as mean."""
@@ -135,7 +159,8 @@ class Split:
         """
         generator = torch.Generator(self.x.device).manual_seed(0)  # of a view of the user's own
         total, count = torch.zeros(2, *self.x.shape[1:], dtype=torch.float64)
-        for x, *_ in self.expected().batches(8192, generator):
+        size = max(min(2**24 // max(total.numel(), 1), 8192), 1)  # whatever the size of a row
+        for x, *_ in self.expected().batches(size, generator):
             total += x.nansum(0, dtype=torch.float64).cpu()
             count += (~x.isnan()).sum(0).cpu()
         mean = total / count
@@ -147,8 +172,13 @@ class Split:
         return self.view(x.to(dtype) / self.top, generator)
 
     def batch(self, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """Return all rows as one batch ``(x, *context)`` of scored values."""
-        return self.scored(self.x, generator), *self.context
+        """Return all rows as one batch ``(x, *context)`` of scored values.
+
+        Raises:
+            ValueError: As for `read`.
+        """
+        x: Any = self.read().x
+        return self.scored(x, generator), *self.context
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, *, shuffle: bool = False
@@ -165,16 +195,26 @@ class Split:
             yield self.scored(x, generator), *context
 
     def stored(
-        self, size: int, generator: torch.Generator | None = None, *, shuffle: bool = False
+        self,
+        size: int,
+        generator: torch.Generator | None = None,
+        *,
+        shuffle: bool = False,
+        skip: int = 0,
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Cut the split as `batches` does, with x as it is stored."""
-        device = self.x.device
+        """Cut the split as `batches` does, with x as it is stored, but for the first `skip`."""
+        if isinstance(self.x, Mapped):
+            for x, numbers in self.x.batches(size, generator, shuffle=shuffle, skip=skip):
+                yield x, *(c[numbers] for c in self.context)
+            return
+        columns, device = (self.x, *self.context), self.x.device
         order = torch.randperm(len(self), generator=generator, device=device) if shuffle else None
-        for start in range(0, len(self), size):
-            rows: Any = slice(start, start + size)
-            if order is not None:
-                rows = order[rows]
-            yield self.x[rows], *(c[rows] for c in self.context)
+        for start in range(skip * size, len(self), size):
+            rows = slice(start, start + size)
+            if order is None:
+                yield tuple(column[rows] for column in columns)
+            else:  # several times as fast as an index in brackets
+                yield tuple(column.index_select(0, order[rows]) for column in columns)
 
 
 @dataclass(frozen=True)
@@ -206,14 +246,18 @@ class Data:
     @property
     def span(self) -> tuple[float, float]:
         """Least and greatest of all values, as divided by `top`; missing ones are left out."""
-        lows, highs = [], []
-        for part in self.splits:
-            # A mask takes eight bytes for each value, which integers can do without.
-            x = part.x[~part.x.isnan()] if part.x.is_floating_point() else part.x
-            if x.numel():
-                lows.append(float(x.min() / part.top))
-                highs.append(float(x.max() / part.top))
-        return min(lows), max(highs)
+        parts = [part for part in self.splits if len(part)]
+        ends = [torch.tensor(_facts(part.x).span, dtype=part.x.dtype) / part.top for part in parts]
+        return min(float(low) for low, _ in ends), max(float(high) for _, high in ends)
+
+    @property
+    def missing(self) -> float:
+        """Share of all values that are missing."""
+        # Parts of rows on disk have what was found in all of them.
+        floats = [part.x for part in self.splits if part.x.is_floating_point() and len(part)]
+        found = [(_facts(x), x.numel()) for x in floats]
+        gaps = sum(facts.missing / facts.values * count for facts, count in found)
+        return gaps / sum(part.x.numel() for part in self.splits)
 
     def map(self, function: Callable[[Split], Split]) -> Data:
         """Apply `function` to every split."""
@@ -277,7 +321,8 @@ class Data:
         each cell was sequenced.
 
         Raises:
-            ValueError: A row whose total is not positive, or out of all proportion.
+            ValueError: A row whose total is not positive, or out of all proportion; rows on disk
+                that are too many.
 
         Example:
             >>> counts = torch.tensor([[1, 1], [2, 4]])
@@ -285,7 +330,8 @@ class Data:
             tensor([0.5000, 1.5000])
         """
         names = ("training", "validation", "test")
-        totals = [part.x.flatten(1).nansum(1, dtype=torch.float64) for part in self.splits]
+        parts: Any = [part.read() for part in self.splits]
+        totals = [part.x.flatten(1).nansum(1, dtype=torch.float64) for part in parts]
         for name, total in zip(names, totals, strict=True):
             if not (total > 0).all():
                 row = int((total <= 0).nonzero()[0])
@@ -293,8 +339,8 @@ class Data:
                     f"row {row} of the {name} split of '{self.name}' has a total of "
                     f"{float(total[row]):g}, of which no size factor can be made; remove such rows"
                 )
-        seen = [(~part.x.flatten(1).isnan()).double() for part in self.splits]
-        means = self.train.x.flatten(1).double().nanmean(0).nan_to_num()
+        seen = [(~part.x.flatten(1).isnan()).double() for part in parts]
+        means = parts[0].x.flatten(1).double().nanmean(0).nan_to_num()
         factors = [
             (total / (there @ means))[:, None].float()
             for total, there in zip(totals, seen, strict=True)
@@ -387,6 +433,8 @@ def divide(
 ) -> Data:
     """Take the validation and the test split that `parts` lacks out of its ``train``.
 
+    Rows on disk are divided by blocks of neighbours, 10,000 of them or as many as there are rows.
+
     Args:
         parts: Rows under ``train`` and, where there are official splits, ``validation``
             and ``test``.
@@ -419,21 +467,23 @@ def divide(
     scale = _top(parts["train"]) if top is None else top
     parts = {key: dataclasses.replace(part, top=scale) for key, part in parts.items()}
     train = parts["train"]
-    order = torch.arange(len(train))
+    block = math.ceil(len(train) / _BLOCKS) if isinstance(train.x, Mapped) else 1
+    blocks = math.ceil(len(train) / block)
+    order = torch.arange(blocks)
     if not ordered:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))
     for key, fraction in (("test", test), ("validation", validation)):
         if key not in parts:
-            count = max(round(fraction * len(train)), 1) if fraction else 0
+            count = max(round(fraction * blocks), 1) if fraction else 0
             left = max(len(order) - count, 0)
             order, taken = order[:left], order[left:]
-            parts[key] = train[taken.sort().values]
+            parts[key] = _taken(train, taken.sort().values, block)
     if not len(order):
         raise ValueError(
             f"'{name}' has {len(train)} sample{'s' * (len(train) > 1)}, too few to train on "
             f"with a validation share of {validation} and a test share of {test}"
         )
-    kept = train if len(order) == len(train) else train[order.sort().values]
+    kept = train if len(order) == blocks else _taken(train, order.sort().values, block)
     whole = Data(kept, parts["validation"], parts["test"], name)
     if top is not None and not all(map(math.isfinite, whole.span)):
         raise ValueError(
@@ -443,16 +493,42 @@ def divide(
     return whole.viewed(view)
 
 
+def _taken(part: Split, numbers: Tensor, size: int) -> Split:
+    """Blocks of `size` rows by their numbers."""
+    if not isinstance(part.x, Mapped):
+        return part[numbers]
+    rows = torch.arange(0)
+    if part.context or part.labels is not None:
+        rows = (numbers[:, None] * size + torch.arange(size)).flatten()
+        rows = rows[rows < len(part)]
+    others = dataclasses.replace(part, x=torch.zeros(len(part), 0))[rows]
+    return dataclasses.replace(others, x=part.x.blocks(numbers, size))
+
+
+def _facts(values: Tensor | Mapped) -> Facts:
+    """What there is to know of values without looking at each."""
+    if isinstance(values, Mapped):
+        return values.facts
+    facts = Facts()
+    facts.add(values)
+    return facts
+
+
+def _kept(x: Tensor) -> Tensor:
+    """Values in a width worth keeping."""
+    return x.byte() if x.dtype == torch.bool else x.float() if x.is_floating_point() else x
+
+
 def _checked(part: Split, name: str, missing: bool) -> Split:
     """`part` as numbers of a width worth keeping, all finite, one row for each datum."""
     x, labels = part.x, part.labels
-    if x.dim() < 2 or not len(x) or not x[0].numel():
+    if x.dim() < 2 or not x.shape.numel():
         raise ValueError(
             f"'{name}' of shape {tuple(x.shape)} holds no rows of data; give an array (N, *shape)"
         )
-    if x.is_complex():
+    if x.dtype.is_complex:
         raise ValueError(f"'{name}' holds complex numbers; give real ones")
-    x = x.byte() if x.dtype == torch.bool else x.float() if x.is_floating_point() else x
+    x = x.map(_kept) if isinstance(x, Mapped) else _kept(x)
     _check_values(x, name, missing=missing, may_miss=True)
     for other in (*part.context, *(() if labels is None else (labels,))):
         count = len(other) if other.dim() else "no rows"
@@ -472,25 +548,30 @@ def _checked(part: Split, name: str, missing: bool) -> Split:
     return dataclasses.replace(part, x=x, labels=labels)
 
 
-def _check_values(values: Tensor, name: str, *, missing: bool, may_miss: bool) -> None:
+def _check_values(values: Tensor | Mapped, name: str, *, missing: bool, may_miss: bool) -> None:
     """Refuse infinite values, and NaN but for elements of data that may be missing."""
     if not values.is_floating_point():
         return
-    values = values.flatten(1) if values.dim() > 1 else values[:, None]
-    gaps, bad = values.isnan(), ~values.isfinite()
-    bad = bad & ~gaps if missing else bad
-    if bad.any():
+    facts = _facts(values)
+    bad, kinds = facts.infinite, {"infinite"}
+    if not missing:
+        bad, kinds = bad + facts.missing, {"infinite", "missing"}
+    if bad:
         hint = ", or accept NaN for what was not observed by --missing, in Python missing=True"
         raise ValueError(
-            f"'{name}' has {int(bad.sum())} {'' if missing else 'NaN or '}infinite values, the "
-            f"first in row {int(bad.any(1).nonzero()[0])}; remove or fill them"
-            f"{hint if may_miss and (bad & gaps).any() else ''}"
+            f"'{name}' has {bad} {'' if missing else 'NaN or '}infinite values, the first in "
+            f"{_place(values, min(facts.first[kind] for kind in kinds & facts.first.keys()))}; "
+            f"remove or fill them{hint if may_miss and not missing and facts.missing else ''}"
         )
-    if missing and (empty := gaps.all(1)).any():
+    if facts.empty:
         raise ValueError(
-            f"'{name}' has {int(empty.sum())} rows in which every value is missing, the first is "
-            f"row {int(empty.nonzero()[0])}; remove them"
+            f"'{name}' has {facts.empty} rows in which every value is missing, the first is "
+            f"{_place(values, facts.first['empty'])}; remove them"
         )
+
+
+def _place(values: Tensor | Mapped, row: int) -> str:
+    return values.place(row) if isinstance(values, Mapped) else f"row {row}"
 
 
 def _kind(part: Split) -> str:
@@ -500,7 +581,7 @@ def _kind(part: Split) -> str:
 
 
 def _top(part: Split) -> float:
-    return 255.0 if part.x.dtype == torch.uint8 and int(part.x.max()) > 1 else 1.0
+    return 255.0 if part.x.dtype == torch.uint8 and _facts(part.x).high > 1 else 1.0
 
 
 def _stack(dataset: Dataset[Any]) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:

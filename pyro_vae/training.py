@@ -82,7 +82,7 @@ def fit(
 
     Args:
         pair: An `nn.Module` with methods ``model`` and ``guide``, such as a `VAE`.
-        data: Its splits are moved whole to the pair's device.
+        data: Its splits are moved to the pair's device, batch by batch where rows are on disk.
         objective: A member of Pyro's ELBO family; `pyro.infer.Trace_ELBO` by default.
         optimizer: From parameters to a torch optimiser.
         schedule: From the optimiser to its learning-rate schedule, advanced each epoch.

@@ -225,6 +225,16 @@ def test_what_is_written_by_hand_is_the_same_bound(name, benchmarks):
         assert model(x).item() == pytest.approx(ours, rel=1e-5)
 
 
+def test_the_scale_benchmark_runs_for_a_moment(tmp_path):
+    options = ["--sizes", "250", "--images", "500", "--rounds", "1", "--threads", "1"]
+    options += ["--mode", "eager", "--scratch", str(tmp_path), "--out", str(tmp_path / "results")]
+    output = run("benchmarks/scale.py", tmp_path, *options)
+    assert output.count("| 250 | 0.0002 | ") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]  # the images are gone
+    for row in json.loads((tmp_path / "results" / "scale.json").read_text())["rows"]:
+        assert [each["images"] for each in row["rounds"]] == [500]
+
+
 def test_the_report_reckons_ratios_and_lines(benchmarks):
     speed = importlib.import_module("speed")
 

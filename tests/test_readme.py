@@ -108,6 +108,15 @@ def test_the_tables_of_speed_are_those_of_the_results(monkeypatch):
     assert report in (folder / "README.md").read_text()
 
 
+def test_the_table_of_scale_is_that_of_the_results(monkeypatch):
+    folder = ROOT / "examples" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    if not (folder / "results" / "scale.json").exists():
+        pytest.skip("scale.py has not been run to its end yet")
+    results = json.loads((folder / "results" / "scale.json").read_text())
+    assert importlib.import_module("scale").report(results) in (folder / "README.md").read_text()
+
+
 def test_the_table_of_estimators_is_that_of_the_results():
     folder = ROOT / "examples" / "benchmarks"
     results = json.loads((folder / "results" / "evaluation.json").read_text())

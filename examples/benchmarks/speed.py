@@ -349,9 +349,9 @@ def report(results):
     return "\n\n".join(part for part in parts if part)
 
 
-def write(text, page):
+def write(text, page, marks=MARKS):
     """Put a text between the two marks on a page."""
-    first, last = MARKS
+    first, last = marks
     before, rest = page.read_text().split(first)
     _, after = rest.split(last)
     page.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}")
