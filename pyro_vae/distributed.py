@@ -7,6 +7,7 @@ __all__ = ["Exchange", "Ranks", "joined", "restarted"]
 import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 from pyro_vae.splits import Data, Split
 
 _WAIT = timedelta(minutes=30)  # for a process that neither answers nor has ended
+_MEMORY, _FEW = "/dev/shm", 4  # where files lie in memory, and processes that use one
 _ASKED = 64  # steps between looks at a GPU's buffer, each of which waits for the GPU
 
 
@@ -162,17 +164,13 @@ class Exchange:
         dtype = torch.float32
         for each in shared:
             dtype = torch.promote_types(dtype, each.dtype)
-        sizes = [each.numel() for each in shared]
-        self.flat = torch.zeros(sum(sizes) + 2, dtype=dtype, device=parameters[0].device)
-        *views, self.ends = self.flat.split([*sizes, 2])
-        # With the strides of what they stand for, which fused optimisers rely on.
-        strides = [torch.empty_like(each, device="meta").stride() for each in shared]
-        views = [
-            view.as_strided(each.shape, stride)
-            for view, each, stride in zip(views, shared, strides, strict=True)
-        ]
-        self.gradients, self.stored = views[: len(parameters)], views[len(parameters) :]
-        self.slopes = self.flat[: sum(sizes[: len(parameters)])]
+        count = sum(each.numel() for each in shared) + 2  # with the loss, and what is due
+        self.sum = torch.zeros(count, dtype=dtype, device=parameters[0].device)
+        self.seen = _seen_by_all(ranks, self.sum)
+        written = [self.sum] if self.seen is None else [each[ranks.rank] for each in self.seen]
+        self._own = [_views(each, shared) for each in written]
+        self._all = _views(self.sum, shared)
+        self._slopes = self.sum[: sum(each.numel() for each in parameters)]
 
     @torch.no_grad()
     def __call__(self, loss: Tensor, due: bool) -> tuple[Tensor, bool]:
@@ -185,21 +183,85 @@ class Exchange:
         """
         if self.ranks.size == 1:
             return loss, due
-        for view, each in zip(self.gradients, self.parameters, strict=True):
-            view.zero_() if each.grad is None else view.copy_(each.grad)
-        for view, each in zip(self.stored, self.buffers, strict=True):
-            view.copy_(each) if self.ranks.first else view.zero_()
-        self.ends[0], self.ends[1] = loss, float(due)
-        with _answering():
-            distributed.all_reduce(self.flat)
-        self.slopes /= self.ranks.size
-        for view, each in zip(self.gradients, self.parameters, strict=True):
+        *own, ends = self._own[self._steps % len(self._own)]
+        held = [each.grad for each in self.parameters]
+        held += self.buffers if self.ranks.first else [None] * len(self.buffers)
+        for view, value in zip(own, held, strict=True):
+            view.zero_() if value is None else view.copy_(value)
+        ends[0], ends[1] = loss, float(due)
+        self._add()
+        self._slopes /= self.ranks.size
+        *views, (total, asked) = self._all
+        for view, each in zip(views, self.parameters, strict=False):
             each.grad = view.to(each.dtype)
-        for view, each in zip(self.stored, self.buffers, strict=True):
+        for view, each in zip(views[len(self.parameters) :], self.buffers, strict=True):
             each.copy_(view)
         self._steps += 1
-        asked = self.flat.device.type == "cpu" or self._steps % _ASKED == 0
-        return self.ends[0].double(), asked and bool(self.ends[1] > 0)
+        looks = self.sum.device.type == "cpu" or self._steps % _ASKED == 0
+        return total.to(torch.float64, copy=True), looks and bool(asked > 0)
+
+    def _add(self) -> None:
+        """Add up what the processes have written, in one order, so that all have the same sum."""
+        with _answering():
+            if self.seen is None:
+                distributed.all_reduce(self.sum)
+                return
+            distributed.all_reduce(torch.zeros(1))  # when all have written
+        first, second, *others = self.seen[self._steps % 2]
+        torch.add(first, second, out=self.sum)
+        for each in others:
+            self.sum += each
+
+
+def _views(flat: Tensor, shared: Sequence[Tensor]) -> list[Tensor]:
+    """What stands for each tensor in a buffer, with its strides, on which fused optimisers rely.
+
+    The rest is the last of them.
+    """
+    sizes = [each.numel() for each in shared]
+    *parts, rest = flat.split([*sizes, len(flat) - sum(sizes)])
+    strides = [torch.empty_like(each, device="meta").stride() for each in shared]
+    views = [
+        part.as_strided(each.shape, stride)
+        for part, each, stride in zip(parts, shared, strides, strict=True)
+    ]
+    return [*views, rest]
+
+
+def _seen_by_all(ranks: Ranks, buffer: Tensor) -> Tensor | None:
+    """Memory ``(2, size, n)`` for each process's buffer, which those of one machine all see.
+
+    Adding buffers up where they are takes a quarter of the time that sending them through the
+    machine's network does, while there are few. There are two for each, in turn: what one step
+    has written is read until the next one is written by all. None where there can be none.
+    """
+    if buffer.device.type != "cpu" or ranks.size > _FEW:
+        return None
+    size, path = 2 * ranks.size * len(buffer), ""
+    if ranks.first and os.path.isdir(_MEMORY):
+        path = _made(size * buffer.element_size())
+    found = os.fsdecode(ranks.send(os.fsencode(path)))
+    seen = None
+    if all(each == b"\1" for each in ranks.collect(bytes([os.path.isfile(found)]))):
+        seen = torch.from_file(found, shared=True, size=size, dtype=buffer.dtype)
+        seen = seen.view(2, ranks.size, len(buffer))
+    ranks.collect(b"")  # when all have opened it
+    if path:
+        os.unlink(path)
+    return seen
+
+
+def _made(size: int) -> str:
+    """The path of a new file of so many bytes in memory, or none where there is no room."""
+    handle, path = tempfile.mkstemp(prefix="pyro_vae-", dir=_MEMORY)
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError:
+        os.unlink(path)
+        return ""
+    finally:
+        os.close(handle)
+    return path
 
 
 @contextlib.contextmanager

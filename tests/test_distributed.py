@@ -20,6 +20,7 @@ from pyro_vae.cli import main
 from pyro_vae.distributed import Exchange, Ranks, joined
 
 SCRIPT = Path(together.__file__)
+SENT = ("plain", "buffers")  # of them, with what is sent through the machine's network
 COMMAND = [sys.executable, "-m", "pyro_vae"]
 
 
@@ -120,11 +121,12 @@ def annealed(pair, batch, weight):
     return -(score["x"] + weight * (score["z"] + entropy)).sum()
 
 
-def test_processes_are_their_shares_in_turn(tmp_path):
-    run(tmp_path, "train")
+@pytest.mark.parametrize(("case", "names"), [("train", together.CASES), ("send", SENT)])
+def test_processes_are_their_shares_in_turn(case, names, tmp_path):
+    run(tmp_path, case)
     first, second = (checkpoints.decode((tmp_path / str(rank)).read_bytes()) for rank in (0, 1))
-    for name, (make, options) in together.CASES.items():
-        weights, rows = in_turn(make, options)
+    for name in names:
+        weights, rows = in_turn(*together.CASES[name])
         for found in (first[name], second[name]):
             for key, value in weights.items():
                 # Twelve steps of Adam, whose gradients differ by the rounding of sums.
@@ -132,10 +134,10 @@ def test_processes_are_their_shares_in_turn(tmp_path):
             values = [(row["loss"], row["elbo"]) for row in found["rows"]]
             torch.testing.assert_close(torch.tensor(values), torch.tensor(rows), rtol=1e-5, atol=0)
         assert [row["samples"] for row in first[name]["rows"]] == [40, 80, 120]
-        equal = [
-            torch.equal(first[name]["weights"][k], second[name]["weights"][k]) for k in weights
-        ]
-        assert all(equal), name
+        assert all(
+            torch.equal(value, second[name]["weights"][key])
+            for key, value in first[name]["weights"].items()
+        )
 
 
 def test_messages_and_rows_reach_every_process(tmp_path):

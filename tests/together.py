@@ -12,7 +12,7 @@ import torch
 from linear import linear_vae
 from torch import nn
 
-from pyro_vae import MLP, VAE, checkpoints, data, fit, likelihoods, posteriors, priors
+from pyro_vae import MLP, VAE, checkpoints, data, distributed, fit, likelihoods, posteriors, priors
 from pyro_vae.distributed import Ranks, joined
 from pyro_vae.progress import Standing
 
@@ -49,16 +49,23 @@ def seeded(make):
     return pair
 
 
-def train(folder, ranks):
+def train(folder, ranks, cases=tuple(CASES)):
     """Every case, the weights and metrics of each process in a file."""
     found = {"format": checkpoints.FORMAT}
-    for name, (make, options) in CASES.items():
+    for name in cases:
+        make, options = CASES[name]
         pair = seeded(make)
         if not ranks.first:  # which takes the weights of the first
             pair.apply(lambda module: [p.data.add_(1) for p in module.parameters(False)])
         table = fit(pair, rows(), **{**WITH, **options})
         found[name] = {"weights": dict(pair.state_dict()), "rows": table}
     (folder / f"{ranks.rank}").write_bytes(checkpoints.encode(found))
+
+
+def send(folder, ranks):
+    """Two of them, with nothing in memory that both see."""
+    distributed._MEMORY = "/nowhere"
+    train(folder, ranks, ("plain", "buffers"))
 
 
 def stop(folder, ranks, *, again=False):
@@ -98,7 +105,7 @@ def die(folder, ranks):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    case = {each.__name__: each for each in (train, stop, exchange, die)}
+    case = {each.__name__: each for each in (train, send, stop, exchange, die)}
     case["resume"] = partial(stop, again=True)
     with joined() as ranks:
         case[sys.argv[2]](Path(sys.argv[1]), ranks)

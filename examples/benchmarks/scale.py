@@ -32,6 +32,7 @@ import speed
 
 FOLDER = Path(__file__).parent
 MARKS = "<!-- scale.py writes from here -->", "<!-- scale.py writes to here -->"
+LIMIT = "<!-- the limit, written from here -->", "<!-- the limit, written to here -->"
 SHARD = 1_000_000  # images in a file
 IN_MEMORY = 2_000_000  # images that are also trained on from memory, at most
 BATCH = 125  # divides every number of images, so that every batch is alike
@@ -127,6 +128,35 @@ def measure(options):
     print(json.dumps({"seconds": seconds, "images": done, **peak.end(), "loss": float(loss)}))
 
 
+def read(options):
+    """Read in this process as training would, with nothing else to do, and print the seconds."""
+    from pyro_vae import data
+
+    rows = data.load(options.path, mapped=True, validation=0, test=0).train
+    began, done = time.perf_counter(), 0
+    for batch in rows.stored(BATCH, shuffle=True):
+        done += len(batch[0])
+        if done >= options.images:
+            break
+    print(json.dumps({"seconds": time.perf_counter() - began, "images": done}))
+
+
+def child(options, scratch, what, size):
+    """What a process prints that measures one thing at so many images, which it reads anew."""
+    folder = scratch / str(size)
+    forget(folder)
+    given = ["--measure", what, "--path", folder, "--images", options.images]
+    given += ["--threads", options.threads, "--mode", options.mode]
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, given)],
+        stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{what}: the process for {size:,} images failed")
+    return json.loads(done.stdout)
+
+
 def cases(options):
     """Numbers of images, and where they are."""
     for size in options.sizes:
@@ -136,7 +166,7 @@ def cases(options):
 
 
 def collect(options, scratch):
-    """The rows of all cases, each with a process in every round."""
+    """The rows of all cases, each with a process in every round, and readings of the largest."""
     needed = sum(options.sizes) * 784
     if (free := shutil.disk_usage(scratch).free) < 1.05 * needed:
         raise SystemExit(
@@ -149,19 +179,10 @@ def collect(options, scratch):
     rows = {case: {"images": case[0], "where": case[1], "rounds": []} for case in cases(options)}
     for number, case in itertools.product(range(options.rounds), rows):
         speed.say(f"round {number + 1}: {case[0]:,} images {case[1]}")
-        folder = scratch / str(case[0])
-        forget(folder)
-        given = ["--measure", case[1], "--path", folder, "--images", options.images]
-        given += ["--threads", options.threads, "--mode", options.mode]
-        child = subprocess.run(
-            [sys.executable, __file__, *map(str, given)],
-            stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(options.threads)},
-        )  # fmt: skip
-        if child.returncode:
-            raise SystemExit(f"training on {case[0]:,} images {case[1]} failed")
-        rows[case]["rounds"].append(json.loads(child.stdout))
-    return list(rows.values())
+        rows[case]["rounds"].append(child(options, scratch, case[1], case[0]))
+    largest = max(options.sizes)
+    readings = [child(options, scratch, "reading", largest) for _ in range(options.rounds)]
+    return list(rows.values()), {"of": largest, "rounds": readings}
 
 
 def microseconds(row):
@@ -207,7 +228,55 @@ def report(results):
         f"{trained:,} images of all epochs together, in batches of {BATCH}, `mode="
         f'"{results["mode"]}"`; times are medians of {rounds} rounds, peaks the greatest.'
     )
-    return "\n\n".join([speed.where(results), about, table(results["rows"])])
+    reading = (
+        f"With nothing else to do, batches of {results['reading']['of']:,} images come from the "
+        f"disk at {disk(results) / 1e9:.2f} GB/s."
+    )
+    return "\n\n".join([speed.where(results), about, table(results["rows"]), reading])
+
+
+def disk(results):
+    """Bytes a second that are read, shuffled, of files that are not in the system's cache."""
+    rates = [784 * each["images"] / each["seconds"] for each in results["reading"]["rounds"]]
+    return statistics.median(rates)
+
+
+def limit(results, processes):
+    """Markdown on 10^9 images and 64 processes: a model of a step, and what it says.
+
+    A step of b images takes max(b t, b s / D) + e: computing at t an image, with the reading of
+    the next window beside it, s bytes an image at D bytes a second, and then the exchange,
+    e = 2 (1 - 1/N) G / B + 2 log2(N) L, of N processes that send each other G bytes of gradients
+    over links of B bytes a second and latency L.
+    """
+    images, count, latency, size = 10**9, 64, 1e-5, processes["batch_size"]
+    one = statistics.median(processes["images_per_second"]["one"])
+    lines = [
+        "| a process computes | images/s | and reads | link 1.25 GB/s | 12.5 GB/s | 50 GB/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for factor in (1, 10, 100, 1000):
+        compute, read = size / (one * factor), size * 784 / disk(results)
+        cells = []
+        for link in (1.25e9, 12.5e9, 50e9):
+            wire = 2 * (1 - 1 / count) * processes["exchange"]["bytes"] / link
+            wire += 2 * math.log2(count) * latency
+            step = max(compute, read) + wire
+            minutes = images / (count * size) * step / 60
+            part = max((compute, "computing"), (read, "disk"), (wire, "exchange"))[1]
+            cells.append(f"{minutes:.1f} min, {compute / step:.0%}, {part}")
+        name = "as measured here" if factor == 1 else f"{factor} times as fast"
+        speed_of_one = f"{one * factor:,.0f} | {one * factor * 784 / 1e6:,.0f} MB/s"
+        lines.append(f"| {name} | {speed_of_one} | {' | '.join(cells)} |")
+    gradients = processes["exchange"]["bytes"] / 1e6
+    about = (
+        f"Measured: {one:,.0f} images a second of one process on one thread, {gradients:.1f} MB "
+        f"of gradients, {disk(results) / 1e9:.2f} GB/s from the disk of this machine. Assumed: links "
+        f"and devices as named, a latency of 10 µs, batches of {size} for each process. Cells: "
+        f"minutes for one pass, share of the time in which a process computes, and what takes "
+        f"longest."
+    )
+    return f"{about}\n\n" + "\n".join(lines)
 
 
 def arguments():
@@ -236,19 +305,23 @@ def arguments():
 def main():
     options = arguments()
     if options.measure:
-        measure(options)
+        (read if options.measure == "reading" else measure)(options)
         return
     file = options.out / "scale.json"
     if not options.report:
         with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-            rows = collect(options, Path(scratch))
-        results = {"machine": speed.machine(options), "mode": options.mode, "rows": rows}
+            rows, reading = collect(options, Path(scratch))
+        results = {"machine": speed.machine(options), "mode": options.mode}
+        results |= {"rows": rows, "reading": reading}
         options.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
     text = report(json.loads(file.read_text()))
+    print(text)
     if options.readme:
         speed.write(text, FOLDER / "README.md", MARKS)
-    print(text)
+    if options.readme and (processes := options.out / "processes.json").exists():
+        both = json.loads(file.read_text()), json.loads(processes.read_text())
+        speed.write(limit(*both), FOLDER / "README.md", LIMIT)
 
 
 if __name__ == "__main__":
