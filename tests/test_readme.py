@@ -108,13 +108,18 @@ def test_the_tables_of_speed_are_those_of_the_results(monkeypatch):
     assert report in (folder / "README.md").read_text()
 
 
-def test_the_table_of_scale_is_that_of_the_results(monkeypatch):
+def test_the_tables_of_scale_and_of_processes_are_those_of_the_results(monkeypatch):
     folder = ROOT / "examples" / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
-    if not (folder / "results" / "scale.json").exists():
-        pytest.skip("scale.py has not been run to its end yet")
-    results = json.loads((folder / "results" / "scale.json").read_text())
-    assert importlib.import_module("scale").report(results) in (folder / "README.md").read_text()
+    names = ("scale", "processes")
+    disk, several = (
+        json.loads((folder / "results" / f"{name}.json").read_text()) for name in names
+    )
+    scale, processes = map(importlib.import_module, names)
+    page = (folder / "README.md").read_text()
+    assert scale.report(disk) in page
+    assert scale.limit(disk, several) in page
+    assert processes.table(several) in page
 
 
 def test_the_table_of_estimators_is_that_of_the_results():

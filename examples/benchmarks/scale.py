@@ -271,7 +271,7 @@ def limit(results, processes):
     gradients = processes["exchange"]["bytes"] / 1e6
     about = (
         f"Measured: {one:,.0f} images a second of one process on one thread, {gradients:.1f} MB "
-        f"of gradients, {disk(results) / 1e9:.2f} GB/s from the disk of this machine. Assumed: links "
+        f"of gradients, {disk(results) / 1e9:.2f} GB/s from this disk. Assumed: links "
         f"and devices as named, a latency of 10 µs, batches of {size} for each process. Cells: "
         f"minutes for one pass, share of the time in which a process computes, and what takes "
         f"longest."
