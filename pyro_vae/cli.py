@@ -105,16 +105,20 @@ def _failed(status: int, error: str | Exception) -> int:
         message = f"cannot read or write{place}: {error.strerror}"
     elif not isinstance(error, (str, *_EXPECTED)):
         message = f"{type(error).__name__}: {message}; PYRO_VAE_TRACEBACK=1 shows where"
-    if not (Ranks.here().rank and status in (130, 143)):  # which the first process says for all
+    if not (_rank() and status in (130, 143)):  # which the first process says for all
         _say(message)
     return status
 
 
 def _say(message: str) -> None:
     """Put one line on stderr, above a progress bar that may be there."""
-    rank = Ranks.here().rank
-    who = f"pyro-vae (process {rank})" if rank else "pyro-vae"
+    who = f"pyro-vae (process {_rank()})" if _rank() else "pyro-vae"
     tqdm.write(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _rank() -> int:
+    """Number of this process among those of torchrun, of which an error has no group any more."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager

@@ -294,8 +294,16 @@ def joined() -> Iterator[Ranks]:
         distributed.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=_WAIT
         )
-    yield Ranks.here()
-    distributed.destroy_process_group()  # where all is well: a failing process ends at once
+    failed = True
+    try:
+        yield Ranks.here()
+        failed = False
+    except (KeyboardInterrupt, SystemExit):  # to which all processes come together
+        failed = False
+        raise
+    finally:
+        if backend == "gloo" or not failed:  # NCCL waits for what a failing process never sends
+            distributed.destroy_process_group()
 
 
 def restarted() -> bool:
