@@ -7,6 +7,7 @@ Each is a file beside this one, which trains from the command line too, as its f
 
 from functools import partial
 
+import pyro
 import torch
 from new_likelihood import Logistic
 from new_objective import Capacity
@@ -15,6 +16,7 @@ from new_prior import Gumbel
 
 from pyro_vae import MLP, VAE, data, fit, testing
 
+pyro.set_rng_seed(0)
 testing.check_prior(Gumbel(3))
 testing.check_likelihood(Logistic(MLP(2, [8], (1, 2, 2))), torch.randn(3, 2))
 testing.check_posterior(Laplace(MLP(4, [8], (2, 3))), torch.randn(3, 4))
