@@ -20,7 +20,6 @@ from typing import Any
 
 import pyro.util
 import torch
-import torch._inductor as inductor
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from torch import Tensor, fx
 from torch._decomp import get_decompositions
@@ -66,9 +65,12 @@ class Graph:
         Args:
             inputs: Tensors like those that it will be given.
         """
+        import torch._inductor as inductor  # two seconds, for those who compile
+
         given: list[Any] = [*inputs, *self.held]
-        # Random numbers are those of torch's own generators, as where it is not compiled.
-        plain: dict[str, Any] = {"fallback_random": True}
+        # Random numbers are those of torch's own generators, as where it is not compiled. Vectors
+        # of the processor's are used without compiling a program first to see that they can be.
+        plain: dict[str, Any] = {"fallback_random": True, "cpp.vec_isa_ok": True}
         with torch.no_grad():
             rewrite = make_fx(self.module, decomposition_table=_rewritten(), tracing_mode="fake")
             module = rewrite(*given)

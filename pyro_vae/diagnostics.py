@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.distributions import Independent, kl_divergence
 
@@ -149,7 +149,7 @@ class Calibration:
         values = []
         for column in self.ranks.T.contiguous():
             counts = torch.bucketize(column, edges, right=True).sub(1).bincount(minlength=_BINS)
-            values.append(stats.chisquare(counts.numpy(force=True), expected.numpy()).pvalue)
+            values.append(scipy.stats.chisquare(counts.numpy(force=True), expected.numpy()).pvalue)
         return torch.tensor(values, dtype=torch.float64)
 
     @property

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyro
+import scipy
 import torch
-from scipy import stats
 from tqdm import tqdm
 
 from pyro_vae import checkpoints, plots
@@ -430,7 +430,7 @@ def _differences(
             row[f"{key} difference"] = float(gains.mean())
             half = math.nan
             if len(gains) > 1:
-                half = float(stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains))
+                half = float(scipy.stats.t.ppf(0.975, len(gains) - 1) * scipy.stats.sem(gains))
             row[f"{key} low"], row[f"{key} high"] = (
                 row[f"{key} difference"] - half,
                 row[f"{key} difference"] + half,

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
@@ -214,7 +214,7 @@ def _check_pathwise(posterior: nn.Module, row: tuple[Tensor, ...]) -> None:
         z = density.sample((200,))
         centred = target(z) - target(density.sample((200,))).mean()
         score.append(along((centred.detach() * density.log_prob(z)).mean()))
-    probability = stats.ttest_ind(pathwise, score, equal_var=False).pvalue
+    probability = scipy.stats.ttest_ind(pathwise, score, equal_var=False).pvalue
     if probability < _FALSE_ALARM:
         raise ValueError(
             f"the gradient through the draws is {sum(pathwise) / 150:.4g} and that by the score "
@@ -253,7 +253,7 @@ def _check_elements(density: Any, law: Any) -> None:
             probability = _chi_squared(column, grid[:, index], drawn)
         else:
             distance = _distance(drawn, grid[:, index], column)
-            probability = float(stats.kstwo.sf(distance, len(drawn)))
+            probability = float(scipy.stats.kstwo.sf(distance, len(drawn)))
         if probability < level:
             raise ValueError(
                 f"draws of element {index} do not follow its law: a test of fit gives "
@@ -350,12 +350,12 @@ def _chi_squared(probability: Tensor, values: Tensor, draws: Tensor) -> float:
         return rare
     due = kept * chance / chance.sum()
     statistic = float(((observed - due) ** 2 / due).sum())
-    return min(1.0, 2 * min(rare, float(stats.chi2.sf(statistic, len(due) - 1))))
+    return min(1.0, 2 * min(rare, float(scipy.stats.chi2.sf(statistic, len(due) - 1))))
 
 
 def _binomial(count: int, draws: int, probability: float) -> float:
     """P-value of a count; a probability of 1 is so but for rounding."""
-    return float(stats.binomtest(count, draws, min(probability, 1 - 1e-6)).pvalue)
+    return float(scipy.stats.binomtest(count, draws, min(probability, 1 - 1e-6)).pvalue)
 
 
 def _check_continuous(density: Any) -> None:
@@ -396,7 +396,7 @@ def _check_integral(density: Any, draws: Tensor) -> None:
             f"the integral of the density cannot be estimated ({total:.3g} ± {error:.2g}): give a "
             f"prior of fewer dimensions or with lighter tails"
         )
-    if abs(total - 1) > stats.norm.isf(_FALSE_ALARM / 2) * error:
+    if abs(total - 1) > scipy.stats.norm.isf(_FALSE_ALARM / 2) * error:
         raise ValueError(
             f"the density integrates to {total:.4g} ± {error:.2g} and not to 1: check its "
             f"normalising constant, and that draws reach wherever it is positive"
