@@ -340,6 +340,43 @@ def test_figure_3_learns_by_monte_carlo_em_and_agrees_with_quadrature(tmp_path):
     assert "| Ntrain=1000, MCEM |" in printed
 
 
+@pytest.mark.parametrize("method", ["AEVB", "wake-sleep", "MCEM"])
+def test_a_curve_that_is_stopped_goes_on_as_if_it_had_not_been(method, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "paper")
+    protocol = importlib.import_module("protocol")
+    script = importlib.import_module("figure3_marginal_likelihood")
+    monkeypatch.setitem(protocol.OBJECTIVES, "MCEM", lambda: None)
+    run = script.monte_carlo_em if method == "MCEM" else protocol.train
+
+    def curve(name, run):
+        words = ["script", "--small", "--samples", "3000", "--out", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", words)
+        options = protocol.ready(protocol.arguments("A trial.", 3000))
+        data = protocol.load("static", options)
+        rows, pair = protocol.curve(
+            lambda: script.make(method, data.shape, 0.01), method, {"train": data.train}, options,
+            about={"figure": "", "panel": "trial", "binarisation": "static"},
+            points=[500, 1000, 2000], run=run,
+        )  # fmt: skip
+        assert not list(options.out.glob("unfinished/*"))
+        return [row.pop("seconds") for row in rows], rows, pair.state_dict()
+
+    def stopped(*args, **kwargs):
+        for seen, state in run(*args, **kwargs):
+            if seen == 2000 and kwargs["points"]:
+                raise KeyboardInterrupt
+            yield seen, state
+
+    _, rows, weights = curve("whole", run)
+    with pytest.raises(KeyboardInterrupt):
+        curve("parts", stopped)
+    times, again, others = curve("parts", run)
+    assert again == rows
+    assert [row["training_samples"] for row in rows] == [500, 1000, 2000, 3000]
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert times == sorted(times)
+
+
 def test_figures_4_and_5_are_drawn_from_weights_that_are_kept(tmp_path):
     options = ["--small", "--samples", "1000", "--out", str(tmp_path)]
     run("paper/figure5_samples.py", tmp_path, *options)

@@ -57,15 +57,19 @@ def moved(vae, x, z, step):
     return torch.where(accepted[:, None], new, z), float(chance.mean())
 
 
-def monte_carlo_em(vae, _, split, *, samples, lr, seed, points, title):
+def monte_carlo_em(vae, _, split, *, samples, lr, seed, points, title, begun=None):
     """Appendix E: move the latents of a minibatch, then update the weights at them."""
-    parameters = list(vae.likelihood.parameters())
-    optimizer = protocol.adagrad(len(split), lr)(parameters)
-    x, chains = split.batch()[0], torch.randn(len(split), LATENT)
-    order, step, seen = torch.Generator().manual_seed(seed), 0.1, 0
-    queue = torch.empty(0, dtype=torch.long)
-    with protocol.progress(samples, title) as bar, pyro.validation_enabled(False):
-        for point in protocol.ends(samples, points):
+    optimizer = protocol.adagrad(len(split), lr)(list(vae.likelihood.parameters()))
+    x, order = split.batch()[0], torch.Generator().manual_seed(seed)
+    if begun:
+        seen, step, chains, queue = (begun[key] for key in ("seen", "step", "chains", "queue"))
+        optimizer.load_state_dict(begun["optimizer"])
+        order.set_state(begun["order"])
+    else:
+        seen, step, chains = 0, 0.1, torch.randn(len(split), LATENT)
+        queue = torch.empty(0, dtype=torch.long)
+    with protocol.progress(samples, title, seen) as bar, pyro.validation_enabled(False):
+        for point in protocol.ends(samples, points, seen):
             while seen < point:
                 if not len(queue):
                     queue = torch.randperm(len(split), generator=order)
@@ -78,7 +82,8 @@ def monte_carlo_em(vae, _, split, *, samples, lr, seed, points, title):
                     optimizer.step()
                 seen += UPDATES * protocol.BATCH
                 bar.update(UPDATES * protocol.BATCH)
-            yield seen
+            state = {"seen": seen, "step": step, "chains": chains, "queue": queue}
+            yield seen, {**state, "order": order.get_state(), "optimizer": optimizer.state_dict()}
 
 
 def make(method, shape, scale):

@@ -10,8 +10,10 @@ its curves at 300,000 samples. What else it leaves open is chosen in `DATA` and 
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import math
+import shutil
 import sys
 import time
 from functools import partial
@@ -24,7 +26,8 @@ from torch import nn
 from tqdm import tqdm
 
 from pyro_vae import MLP, VAE, CompiledSVI, bound, data, likelihoods, posteriors, priors
-from pyro_vae.checkpoints import restore, save
+from pyro_vae.checkpoints import keep, newest, restore, save
+from pyro_vae.identity import generators, set_generators
 from pyro_vae.objectives import Trace_ELBO, WakeSleep
 from pyro_vae.svi import mode_for
 
@@ -145,40 +148,52 @@ def batches(split, seed):
                 yield batch
 
 
-def train(pair, objective, split, *, samples, lr, seed, points=POINTS, title=""):
-    """Train, and yield the number of samples seen at each of the points.
+def train(pair, objective, split, *, samples, lr, seed, points=POINTS, title="", begun=None):
+    """Train, and at each of the points yield the number of samples seen and what to go on from.
+
+    Args:
+        pair: What is trained.
+        objective: What is optimised.
+        split: The training data.
+        samples: How many training samples to see.
+        lr: Step size of Adagrad.
+        seed: Seed of the order.
+        points: Numbers of samples at which to stop for a while.
+        title: Of the bar.
+        begun: What was yielded last by the run that this one goes on with.
 
     Raises:
         FloatingPointError: The loss is not finite.
     """
-    svi = CompiledSVI(
-        pair.model,
-        pair.guide,
-        adagrad(len(split), lr),
-        objective,
-        mode=mode_for(int(samples) // BATCH),
-    )
-    stream, seen = batches(split, seed), 0
-    with progress(samples, title) as bar:
-        for point in ends(samples, points):
+    optimizer = adagrad(len(split), lr)(list(pair.parameters()))
+    mode = mode_for(int(samples) // BATCH)
+    svi = CompiledSVI(pair.model, pair.guide, lambda _: optimizer, objective, mode=mode)
+    seen = 0
+    if begun:
+        seen = begun["seen"]
+        optimizer.load_state_dict(begun["optimizer"])
+    stream = itertools.islice(batches(split, seed), seen // BATCH, None)
+    with progress(samples, title, seen) as bar:
+        for point in ends(samples, points, seen):
             while seen < point:
                 loss = svi.step(*next(stream))
                 seen += BATCH
                 bar.update(BATCH)
             if not loss.isfinite():
                 raise FloatingPointError(f"{title} has diverged after {seen} samples")
-            yield seen
+            yield seen, {"seen": seen, "optimizer": optimizer.state_dict()}
 
 
-def ends(samples, points):
-    """The points before so many samples, and that number."""
-    return sorted({*(point for point in points if point < samples), round(samples)})
+def ends(samples, points, seen=0):
+    """The points from those seen to so many samples, and that number."""
+    return sorted({*(point for point in points if seen < point < samples), round(samples)})
 
 
-def progress(samples, title):
+def progress(samples, title, seen=0):
     """A bar in images, redrawn seldom where it goes to a file."""
     pace = 0.2 if sys.stderr.isatty() else 60.0
-    return tqdm(total=round(samples), desc=title, unit="img", unit_scale=True, mininterval=pace)
+    how = {"unit": "img", "unit_scale": True, "mininterval": pace, "initial": seen}
+    return tqdm(total=round(samples), desc=title, **how)
 
 
 def elbo(pair, split):
@@ -207,6 +222,9 @@ def step_size(make, objective, split, seed, *, first=FIRST, value=elbo, run=trai
 def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, run=train):
     """The rows of one curve, and the trained pair.
 
+    What the curve goes on from is kept at each of its points in a folder ``unfinished``, until it
+    is finished.
+
     Args:
         make: Makes the pair, from the present random state.
         method: A key of `OBJECTIVES`.
@@ -215,18 +233,26 @@ def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, ru
         about: Columns ``figure``, ``panel`` and ``binarisation`` of the rows.
         points: Numbers of samples at which to evaluate.
         value: From pair and split to a value in nats per datum and its standard error.
-        run: How to train.
+        run: How to train, as `train` does.
     """
-    began = time.perf_counter()
-    objective = OBJECTIVES[method]
-    first = min(FIRST, options.samples / 2)
-    how = {"value": value, "run": run}
-    lr = step_size(make, objective, splits["train"], options.seed, first=first, **how)
+    objective, train = OBJECTIVES[method], splits["train"]
+    key = named(options, about["panel"], method, about["binarisation"])
+    folder = options.out / "unfinished" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    before = newest(folder) or {"rows": [], "seconds": 0.0, "run": None}
+    began = time.perf_counter() - before["seconds"]
+    if "lr" not in before:
+        first = min(FIRST, options.samples / 2)
+        how = {"first": first, "value": value, "run": run}
+        before["lr"] = step_size(make, objective, train, options.seed, **how)
     pyro.set_rng_seed(options.seed)
-    pair, rows = make(), []
+    pair, rows, lr = make(), before["rows"], before["lr"]
+    if before["run"]:
+        pair.load_state_dict(before["weights"])
+        set_generators(before["generators"], torch.device("cpu"))
     how = {"samples": options.samples, "lr": lr, "seed": options.seed, "points": points}
-    how["title"] = f"{about['panel']}, {method}, {about['binarisation']}"
-    for seen in run(pair, objective(), splits["train"], **how):
+    how |= {"title": f"{about['panel']}, {method}, {about['binarisation']}"}
+    for seen, state in run(pair, objective(), train, begun=before["run"], **how):
         for name, split in splits.items():
             nats, error = value(pair, some(split, 10_000))
             row = {**about, "method": method, "split": name, "training_samples": seen}
@@ -234,6 +260,10 @@ def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, ru
             row |= {"initial_scale": options.initial_scale}
             row |= {"step_size": lr, "budget": round(options.samples)}
             rows.append({**row, "seconds": round(time.perf_counter() - began, 1)})
+        now = {"rows": rows, "seconds": rows[-1]["seconds"], "lr": lr, "run": state}
+        now |= {"weights": dict(pair.state_dict())}
+        keep(folder, seen, {**now, "generators": generators(torch.device("cpu"))})
+    shutil.rmtree(folder)
     return rows, pair
 
 
@@ -266,13 +296,17 @@ def identity(row):
     return tuple(row.get(key) for key in keys)
 
 
+def named(options, panel, method, binarisation):
+    """A name for the files of one curve."""
+    about = [panel, method, binarisation, options.initial_scale, options.seed, options.samples]
+    return "-".join(str(each).replace(" ", "") for each in about)
+
+
 def weights(options, panel, method, binarisation):
     """Where the weights of a trained pair are kept, for the pictures."""
-    about = [panel, method, binarisation, options.initial_scale, options.seed, options.samples]
-    name = "-".join(str(each).replace(" ", "") for each in about)
     folder = options.out / "weights"
     folder.mkdir(exist_ok=True)
-    return folder / f"{name}.safetensors"
+    return folder / f"{named(options, panel, method, binarisation)}.safetensors"
 
 
 def trained(latent, hidden, options, *, panel, binarisation):
