@@ -316,6 +316,20 @@ def test_figure_2_has_both_methods_in_the_axes_of_the_paper(tmp_path):
     assert printed.count("| MNIST Nz=3 |") == 2
 
 
+def test_our_methods_come_in_the_published_order(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "paper")
+    protocol = importlib.import_module("protocol")
+    how = {"figure": "2", "primary": ["static", "none, random split"]}
+    rows = json.loads((EXAMPLES / "paper" / "results" / "figure2.json").read_text())
+    found = protocol.order(rows, **how)
+    assert {each["order"] for each in found} == {("AEVB", "wake-sleep")}
+    assert {(each["points"], each["agree"]) for each in found} == {(6, 6)}
+    assert all(each["lead"] > 0 for each in found)
+    other = {"AEVB": "wake-sleep", "wake-sleep": "AEVB"}
+    exchanged = [{**row, "method": other[row["method"]]} for row in rows]
+    assert all(each["agree"] == 0 for each in protocol.order(exchanged, **how))
+
+
 def test_a_larger_budget_runs_a_curve_anew_and_a_smaller_one_does_not(tmp_path):
     options = ["--data", "FreyFace", "--latents", "2", "--methods", "AEVB"]
     for budget, last in ((1000, 1000), (2000, 2000), (1500, 2000)):

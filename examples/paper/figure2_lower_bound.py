@@ -40,14 +40,18 @@ def wanted(options):
 
 
 def report(results, options):
-    """The picture, and the table of ours beside the published values."""
+    """The pictures, the table of ours beside the published values, and the order of methods."""
     for name in HIDDEN:
         rows = [row for row in results.rows if row["panel"].startswith(name)]
         rows = [row for row in rows if row["initial_scale"] == options.initial_scale]
         if rows:
             picture = protocol.draw(rows, PANELS, figure="2", primary=PRIMARY.values())
             FigureCanvasAgg(picture).print_png(str(options.out / f"figure2_{name}.png"))
-    protocol.write("figure2", protocol.table(results.rows, figure="2", at=AT), options)
+    parts = [
+        protocol.table(results.rows, figure="2", at=AT),
+        protocol.ordered(results.rows, figure="2", primary=PRIMARY.values()),
+    ]
+    protocol.write("figure2", "\n\n".join(parts), options)
 
 
 def main():

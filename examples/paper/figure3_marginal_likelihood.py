@@ -136,6 +136,7 @@ def report(results, checks, options):
             f"| {row['appendix_d']:.2f} | {row['monte_carlo_error']:.2f} "
             f"| {row['within_3_errors']:.0%} of {row['images']} |"
         )
+    parts.append(protocol.ordered(results.rows, figure="3", primary=["static"]))
     protocol.write("figure3", "\n\n".join([*parts, "\n".join(lines)]), options)
 
 

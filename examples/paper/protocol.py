@@ -405,6 +405,58 @@ def table(rows, *, figure, at, split="test"):
     return "\n".join(lines)
 
 
+def order(rows, *, figure, primary, since=1_000_000, clear=1.0):
+    """How often two methods come in the published order, where that is clear.
+
+    Args:
+        rows: Those of `curve`.
+        figure: Of the paper.
+        primary: The binarisations that are compared.
+        since: Numbers of samples from here on.
+        clear: Smallest published distance, in nats, that is compared.
+
+    Returns:
+        Of each panel, split and pair of methods, with the one ahead in more points first: how
+        many ``points`` were compared, in how many we ``agree``, and our least ``lead`` in those.
+    """
+    rows = [row for row in rows if row["binarisation"] in primary]
+    theirs, found = published(), []
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    places = dict.fromkeys((row["panel"], row["split"]) for row in rows)
+    for (panel, split), pair in itertools.product(places, itertools.combinations(methods, 2)):
+        where = {"panel": panel, "split": split}
+        ours = [line(rows, **where, method=method) for method in pair]
+        paper = [line(theirs, **where, figure=figure, method=method) for method in pair]
+        leads = {}
+        for n in set.intersection(*map(set, (*ours, *paper))):
+            lead = paper[0][n] - paper[1][n]
+            if n >= since and abs(lead) > clear:
+                leads[n] = math.copysign(1, lead) * (ours[0][n] - ours[1][n])
+        if leads:
+            first = sum(paper[0][n] - paper[1][n] for n in leads) > 0
+            found.append(
+                {
+                    **where,
+                    "order": pair if first else pair[::-1],
+                    "points": len(leads),
+                    "agree": sum(lead > 0 for lead in leads.values()),
+                    "lead": min(leads.values()),
+                }
+            )
+    return found
+
+
+def ordered(rows, **how):
+    """Markdown of what `order` finds."""
+    lines = ["| panel | split | published order | points | as there | least lead, nats |"]
+    lines.append("|---" * 6 + "|")
+    for each in order(rows, **how):
+        cells = [each["panel"], each["split"], " above ".join(each["order"])]
+        cells += [str(each["points"]), str(each["agree"]), number(each["lead"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def number(value):
     """A value to a tenth of a nat, or a dash."""
     return "-" if value is None else f"{value:.1f}"
