@@ -213,7 +213,9 @@ def step_size(make, objective, split, seed, *, first=FIRST, value=elbo, run=trai
             options = {"samples": first, "lr": lr, "seed": seed, "title": f"step size {lr}"}
             for _ in run(pair, objective(), split, points=[], **options):
                 found[lr] = value(pair, some(split, 5000))[0]
-        except (FloatingPointError, ValueError):  # it has diverged, or its next value has
+        # It has diverged, or its next value has, of which torch may not be able to draw. What
+        # else is amiss shows again where the curve is run.
+        except (FloatingPointError, ValueError, RuntimeError):
             found[lr] = -math.inf
         found[lr] = -math.inf if math.isnan(found[lr]) else found[lr]
     return max(found, key=found.get)
