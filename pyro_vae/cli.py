@@ -265,7 +265,7 @@ def _again(given: list[str], ranks: Ranks) -> list[str]:
         raise ValueError("give --out under --max-restarts, which names the run to go on with")
     if not restarted() or not out:
         return given
-    begun = (Path(out[-1]) / "config.yaml").is_file()  # as the first process sees it
+    begun = commands.begun_here(Path(out[-1]))  # as the first process sees it
     if not any(ranks.send(bytes([begun]))):
         return given
     # What the user has named is in the configuration now, and as much to be trusted as before.

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from pyro_vae import checkpoints
 from pyro_vae.data import SOURCES, Data, folder, load
-from pyro_vae.distributed import Ranks
+from pyro_vae.distributed import Ranks, job
 from pyro_vae.optimizers import fused
 from pyro_vae.parts import Blueprint, Part, find, make
 from pyro_vae.runs import (
@@ -257,7 +257,7 @@ def data(name: str | None = None, *, data_dir: str | None = None, download: bool
 @contextlib.contextmanager
 def _begun(run: Path, settings: Mapping[str, Any], blueprint: Blueprint) -> Iterator[None]:
     """Make the folder of a run; take it back where the run is refused before its first step."""
-    config = f"{checkpoints.HEADER}\n".encode() + _dumped(settings)
+    config = f"{checkpoints.HEADER}\n{_by()}".encode() + _dumped(settings)
     created = [path for path in (run, *run.parents) if not path.exists()]
     checkpoints.create(run)
     try:
@@ -276,6 +276,18 @@ def _begun(run: Path, settings: Mapping[str, Any], blueprint: Blueprint) -> Iter
             with contextlib.suppress(OSError):  # of a folder that another run uses meanwhile
                 for path in created:
                     path.rmdir()
+
+
+def begun_here(run: Path) -> bool:
+    """Whether a run was begun by the same torchrun that has started this process."""
+    path = run / "config.yaml"
+    return path.is_file() and path.read_text().startswith(f"{checkpoints.HEADER}\n{_by()}")
+
+
+def _by() -> str:
+    """A comment on the processes that begin a run, none where it is this one alone."""
+    size = Ranks.here().size
+    return f"# By {size} processes, of torchrun {job()}\n" if size > 1 else ""
 
 
 def _same(run: Path, settings: Mapping[str, Any]) -> tuple[int, int]:

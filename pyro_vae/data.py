@@ -356,8 +356,8 @@ def _images(path: Path) -> Split:
     files = sorted(file for file in found if file.is_file())
     if not files:
         raise ValueError(
-            f"the folder '{path}' holds no images ({', '.join(sorted(_IMAGES))}), and no .npy "
-            f"files by themselves"
+            f"the folder '{path}' holds neither images ({', '.join(sorted(_IMAGES))}) nor "
+            f".npy files and nothing else"
         )
     first = _image(files[0])
     x = torch.empty(len(files), *first.shape, dtype=torch.uint8)

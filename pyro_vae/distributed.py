@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["Exchange", "Ranks", "joined", "restarted"]
+__all__ = ["Exchange", "Ranks", "job", "joined", "restarted", "warn_alone"]
 
 import contextlib
+import hashlib
+import json
 import os
 import re
+import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -75,14 +81,36 @@ class Ranks:
         begin, end = (len(part) * k // self.size for k in (self.rank, self.rank + 1))
         return part[begin:end]
 
+    def agree(self, values: Mapping[str, Any]) -> None:
+        """Refuse values, all of them plain, that are not the same in all processes.
+
+        Raises:
+            ValueError: One differs; raised in all processes.
+        """
+        if self.size == 1:
+            return
+        given = [json.loads(each) for each in self.collect(json.dumps(values).encode())]
+        for rank, other in enumerate(given):
+            for key, value in given[0].items():
+                if other.get(key) != value:
+                    raise ValueError(
+                        f"processes 0 and {rank} of this job were given other {key}; give the "
+                        f"same to all"
+                    )
+
     def align(self, pair: nn.Module) -> None:
         """Give every process the first one's weights and buffers, and draws of its own.
 
         The first draws a seed from torch's generator; rank r seeds all of its generators by that
         number plus r, while the first goes on with its own.
+
+        Raises:
+            ValueError: Weights or buffers of other shapes or types.
         """
         if self.size == 1:
             return
+        shapes = [[*each.shape, str(each.dtype)] for each in (*pair.parameters(), *pair.buffers())]
+        self.agree({"networks": shapes})
         with torch.no_grad(), _answering():
             for tensor in (*pair.parameters(), *pair.buffers()):
                 value = tensor.contiguous()
@@ -311,6 +339,26 @@ def restarted() -> bool:
     return _starts() > 0
 
 
+def job() -> str:
+    """Name the torchrun that started this process, as it is named when it starts it again."""
+    parent = os.getppid()
+    name = f"{socket.gethostname()} {parent}"
+    with contextlib.suppress(OSError):  # when it began, since numbers of processes come again
+        name += Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def warn_alone() -> None:
+    """Warn where torchrun has started several processes, and each trains by itself."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1 and Ranks.here().size == 1:
+        warnings.warn(
+            f"this is one of {count} processes, and each trains by itself: for one training of "
+            f"all call fit within `with pyro_vae.distributed.joined():`",
+            stacklevel=3,
+        )
+
+
 def _starts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
@@ -334,6 +382,6 @@ def _answering() -> Iterator[None]:
     except RuntimeError as error:
         reason = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split())).partition(". ")[0]
         raise ConnectionError(
-            f"another process of this job has ended or is out of reach, and its own message says "
-            f"why; what was kept can be gone on with by --resume ({reason})"
+            f"another process of this job has ended or is out of reach, and says why if it "
+            f"could; what a run has kept can be gone on with ({reason})"
         ) from error

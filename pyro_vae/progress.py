@@ -42,6 +42,8 @@ if sys.platform != "win32":
 
 Metrics = dict[str, float]
 
+_TORCHRUN = "torchrun --nproc-per-node"
+
 
 class Stopped(SystemExit):
     """A run was asked to end, by SIGTERM; the message says how to go on."""
@@ -297,10 +299,12 @@ class Progress:
         number = max(self.ranks.collect(bytes([self.signal or 0])))[0]
         if not number:
             return
-        ways = [f"fit(..., run='{self.folder}', resume=True)"]
+        way = f"fit(..., run='{self.folder}', resume=True)"
         if self.folder and (self.folder / "config.yaml").exists():
-            ways = [f"`pyro-vae train --resume {self.folder}`, in Python by {ways[0]}"]
-        said = f"stopped after step {self.now.step}; go on by {ways[0]}"
+            count = self.ranks.size
+            program = "pyro-vae" if count == 1 else f"{_TORCHRUN} {count} -m pyro_vae"
+            way = f"`{program} train --resume {self.folder}`, in Python by {way}"
+        said = f"stopped after step {self.now.step}; go on by {way}"
         raise Stopped(said) if number == signal.SIGTERM else KeyboardInterrupt(said)
 
     def _save(self) -> None:
@@ -391,6 +395,12 @@ class Progress:
             if new is None and key == "mode":  # that which the run has
                 continue
             where, was, is_now = _apart(key, began.get(key), new)
+            if was != is_now and key == "processes":
+                raise ValueError(
+                    f"'{self.folder}' began with {was} process{'es' * (was > 1)} and cannot go on "
+                    f"with {is_now}, whose random numbers and batches are others; "
+                    f"{_TORCHRUN} says how many"
+                )
             if was != is_now:
                 shown = "" if key in ("data", "weights") else f": it was {was} and is {is_now}"
                 raise ValueError(

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from pyro_vae.distributed import Exchange, Ranks
+from pyro_vae.distributed import Exchange, Ranks, warn_alone
 from pyro_vae.evaluation import bound
 from pyro_vae.identity import settings
 from pyro_vae.mapped import Mapped
@@ -135,6 +135,7 @@ def fit(
     _check_kinds(data, objective, optimizer)
     check_settings(epochs, batch_size, warmup, clip, patience, checkpoint, skip_nonfinite)
     ranks = Ranks.here()
+    warn_alone()
     _check_room(len(data.train) // ranks.size, batch_size)
     if resume and run is None:
         raise ValueError("there is no run to resume; give its folder as `run`")
@@ -160,17 +161,20 @@ def fit(
     batches = math.ceil(len(data.train) / batch_size)
     plain = {"batch_size": batch_size, "warmup": warmup, "clip": clip, "patience": patience}
     plain["processes"] = ranks.size
+    chosen = settings(pair, whole, objective, optim, scheduler, seed=seed, mode=mode, **plain)
+    ranks.agree({"epochs": epochs, "skip_nonfinite": skip_nonfinite, **chosen})
     state = Progress(
         pair, optim, scheduler, objective, generator,
         now=Standing(epochs, mode or mode_for(epochs * batches)),
-        settings=settings(
-            pair, whole, objective, optim, scheduler, seed=seed, mode=mode, **plain
-        ),
-        epochs=epochs, run=run, resume=resume, interval=60 * checkpoint, ranks=ranks,
+        settings=chosen, epochs=epochs, run=run, resume=resume, interval=60 * checkpoint,
+        ranks=ranks,
     )  # fmt: skip
     rows = ranks.size * len(data.train)
-    with state, _bar(epochs * rows, progress and ranks.first) as bar, _quiet():
-        now = state.now
+    with contextlib.ExitStack() as stack:
+        now = stack.enter_context(state).now
+        begun = (now.epoch - 1) * rows + ranks.size * min(now.batch * batch_size, len(data.train))
+        bar = stack.enter_context(_bar(epochs * rows, begun, progress and ranks.first))
+        stack.enter_context(_quiet())
         stored = _Stored(annealed if warmup else objective, data.train)
         # Pair and objective are checked already, and a run that goes on may skip its next step.
         svi = CompiledSVI(
@@ -181,9 +185,6 @@ def fit(
         watch = _Watch(parameters, buffers, waits=waits, keeps=skip_nonfinite > 0)
         exchange = Exchange(ranks, parameters, buffers)
         budget = now.planned * batches  # of which the warm-up is a part, however long it goes on
-        done = min(now.batch * batch_size, len(data.train))
-        # Where the bar begins, so that its rate is of what is done from now on.
-        bar.initial = bar.n = bar.last_print_n = (now.epoch - 1) * rows + ranks.size * done
         for epoch in range(now.epoch, epochs + 1):
             calm = epoch - 1 - max(now.best_epoch, math.ceil(warmup * now.planned))
             if patience and calm >= patience:
@@ -420,12 +421,13 @@ def _diagnosis(pair: Any, batch: tuple[Tensor, ...], now: Standing, *, exact: bo
 
 
 @contextlib.contextmanager
-def _bar(total: int, shown: bool) -> Iterator[tqdm[Any]]:
-    """A bar in images, redrawn seldom where it goes to a file."""
+def _bar(total: int, begun: int, shown: bool) -> Iterator[tqdm[Any]]:
+    """A bar in images, whose rate is of those from now on, redrawn seldom where it is a file."""
     pace = 0.2 if sys.stderr.isatty() else 10.0
     with tqdm(
-        total=total, unit="img", unit_scale=True, mininterval=pace, disable=not shown, leave=True
-    ) as bar:
+        total=total, initial=begun, unit="img", unit_scale=True, mininterval=pace,
+        disable=not shown,
+    ) as bar:  # fmt: skip
         yield bar
 
 

@@ -15,7 +15,7 @@ import pytest
 import together
 import torch
 
-from pyro_vae import bound, checkpoints
+from pyro_vae import bound, checkpoints, fit
 from pyro_vae.cli import main
 from pyro_vae.distributed import Exchange, Ranks, joined
 
@@ -145,6 +145,17 @@ def test_messages_and_rows_reach_every_process(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_other_arguments_in_one_process_are_refused_in_all(tmp_path):
+    run(tmp_path, "differ")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_processes_that_were_not_joined_are_told_of(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="one of 2 processes, and each trains by itself"):
+        fit(together.CASES["plain"][0](), together.rows(), **{**together.WITH, "epochs": 1})
+
+
 def test_one_process_is_asked_to_stop_and_all_do_and_go_on(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(whole, "resume")
@@ -196,6 +207,12 @@ def test_torchrun_starts_a_job_again_that_goes_on_from_its_checkpoint(tmp_path, 
     again = torchrun("--max-restarts", "1", *TRAIN, "--out", "again", DIES="1")
     assert again.returncode == 0, again.stderr
     assert "another process of this job has ended" in again.stderr
+    # Started again, a job does not take the run of another one for its own.
+    kept = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
+    refused = torchrun("--max-restarts", "1", *TRAIN, "--epochs", "8", "--out", "whole")
+    assert refused.returncode != 0
+    assert refused.stderr.count("'whole' exists and is no empty folder") >= 2
+    assert all(path.read_bytes() == content for path, content in kept.items())
     for name in ("best", "last"):
         files = [Path(folder) / f"{name}.safetensors" for folder in ("whole", "again")]
         assert files[0].read_bytes() == files[1].read_bytes()
@@ -241,7 +258,7 @@ def test_what_one_process_does_says_so(trained):
 def test_another_number_of_processes_is_another_run(trained):
     found = processes([*COMMAND, "train", "--resume", str(trained), "--epochs", "2"], 2)
     assert [status for *_, status in found] == [2, 2]
-    assert "cannot go on with other processes: it was 1 and is 2" in found[0][1]
+    assert "began with 1 process and cannot go on with 2, whose" in found[0][1]
 
 
 def test_splits_too_small_for_the_processes_are_refused():

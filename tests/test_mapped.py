@@ -415,7 +415,9 @@ def test_files_and_folders_are_mapped_by_themselves(tmp_path, monkeypatch):
     (folder / ".hidden").touch()
     assert isinstance(data.load(folder).train.x, Mapped)
     (folder / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"holds no images .*, and no .npy files by themselves"):
+    with pytest.raises(
+        ValueError, match=r"holds neither images .* nor .npy files and nothing else"
+    ):
         data.load(folder)
 
 

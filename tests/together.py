@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pyro
+import pytest
 import torch
 from linear import linear_vae
 from torch import nn
@@ -96,6 +97,22 @@ def exchange(folder, ranks):
     (folder / f"{ranks.rank}").touch()
 
 
+def differ(folder, ranks):
+    """What is said of arguments that are not the same in both processes."""
+    smaller, larger = (partial(linear_vae, 4, size) for size in (2, 2 + ranks.rank))
+    step = partial(torch.optim.Adam, lr=1e-3 * (1 + ranks.rank))
+    others = {
+        "epochs": (smaller, {"epochs": 2 + ranks.rank}),
+        "batch_size": (smaller, {"batch_size": 7 + ranks.rank}),
+        "optimizer": (smaller, {"optimizer": step}),
+        "networks": (larger, {}),
+    }
+    for name, (make, options) in others.items():
+        with pytest.raises(ValueError, match=f"processes 0 and 1 .* given other {name};"):
+            fit(make(), rows(), **{**WITH, **options})
+    (folder / f"{ranks.rank}").touch()
+
+
 def die(folder, ranks):
     """The second process ends without a word."""
     if ranks.rank == 1:
@@ -105,7 +122,7 @@ def die(folder, ranks):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    case = {each.__name__: each for each in (train, send, stop, exchange, die)}
+    case = {each.__name__: each for each in (train, send, stop, exchange, differ, die)}
     case["resume"] = partial(stop, again=True)
     with joined() as ranks:
         case[sys.argv[2]](Path(sys.argv[1]), ranks)
