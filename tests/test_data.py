@@ -439,7 +439,7 @@ def test_deep_images_are_refused_and_not_clipped(tmp_path):
 
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match=r"holds no images \(.bmp, .gif, .jpeg"):
+    with pytest.raises(ValueError, match=r"holds neither images \(.bmp, .gif, .jpeg"):
         data.load(tmp_path)
 
 
