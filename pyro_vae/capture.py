@@ -65,7 +65,7 @@ class Graph:
         Args:
             inputs: Tensors like those that it will be given.
         """
-        import torch._inductor as inductor  # two seconds, for those who compile
+        import torch._inductor as inductor  # long to import, and only for those who compile
 
         given: list[Any] = [*inputs, *self.held]
         # Random numbers are those of torch's own generators, as where it is not compiled. Vectors

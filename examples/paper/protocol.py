@@ -185,8 +185,8 @@ def train(pair, objective, split, *, samples, lr, seed, points=POINTS, title="",
 
 
 def ends(samples, points, seen=0):
-    """The points from those seen to so many samples, and that number."""
-    return sorted({*(point for point in points if seen < point < samples), round(samples)})
+    """The points before so many samples, and that number, but for what is seen already."""
+    return sorted(n for n in {*points, round(samples)} if seen < n <= round(samples))
 
 
 def progress(samples, title, seen=0):
@@ -253,7 +253,7 @@ def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, ru
         pair.load_state_dict(before["weights"])
         set_generators(before["generators"], torch.device("cpu"))
     how = {"samples": options.samples, "lr": lr, "seed": options.seed, "points": points}
-    how |= {"title": f"{about['panel']}, {method}, {about['binarisation']}"}
+    how["title"] = f"{about['panel']}, {method}, {about['binarisation']}"
     for seen, state in run(pair, objective(), train, begun=before["run"], **how):
         for name, split in splits.items():
             nats, error = value(pair, some(split, 10_000))
@@ -263,7 +263,7 @@ def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, ru
             row |= {"step_size": lr, "budget": round(options.samples)}
             rows.append({**row, "seconds": round(time.perf_counter() - began, 1)})
         now = {"rows": rows, "seconds": rows[-1]["seconds"], "lr": lr, "run": state}
-        now |= {"weights": dict(pair.state_dict())}
+        now["weights"] = dict(pair.state_dict())
         keep(folder, seen, {**now, "generators": generators(torch.device("cpu"))})
     shutil.rmtree(folder)
     return rows, pair
