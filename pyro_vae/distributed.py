@@ -6,6 +6,7 @@ __all__ = ["Exchange", "Ranks", "job", "joined", "restarted", "warn_alone"]
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -311,6 +312,9 @@ def joined() -> Iterator[Ranks]:
     if alone or distributed.is_initialized():
         yield Ranks.here()
         return
+    # Its functions' defaults are the group that there is when it is first imported, by inductor
+    # for one. Made before, they keep none alive, whose threads would live to the exit of Python.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
