@@ -13,7 +13,8 @@ import contextlib
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence, Set
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
+from pyro_vae.replay import replayed
 from pyro_vae.scoring import validation
 
 _aten = torch.ops.aten
@@ -46,15 +48,37 @@ class Graph:
         module: The operations, from the inputs followed by `held` to the outputs.
         held: The tensors that the programs hold, by reference.
         changed: Identities of those of them that the operations change in place.
+        copied: Numbers that the programs hold on the CPU, such as the weight of an objective,
+            and their copies on the GPU, which stand in `held` in their place.
     """
 
     module: fx.GraphModule
     held: Sequence[Tensor]
     changed: Set[int]
+    copied: Sequence[tuple[Tensor, Tensor]] = ()
 
-    def interpreted(self) -> Callable[..., Any]:
-        """Return the graph as a function that runs operation after operation."""
-        return self._bound(self.module)
+    @property
+    def gpu(self) -> torch.device | None:
+        """The one GPU that all is computed on, but for numbers that the program writes down."""
+        numbers, devices = set[fx.Node](), set[torch.device]()
+        for node in self.module.graph.nodes:
+            places = {
+                each.device for each in tree_leaves(node.meta.get("val")) if _is_tensor(each)
+            }
+            if {place.type for place in places} == {"cpu"} and _written_down(node, numbers):
+                numbers.add(node)
+            else:
+                devices |= places
+        place = devices.pop() if len(devices) == 1 else None
+        return place if place is not None and place.type == "cuda" else None
+
+    def interpreted(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """Return the graph as a function that runs operation after operation.
+
+        Args:
+            inputs: Tensors like those that it will be given.
+        """
+        return self._bound(self.module, inputs)
 
     def compiled(self, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """Return the graph as a function, compiled by torch's inductor.
@@ -71,23 +95,31 @@ class Graph:
         # Random numbers are those of torch's own generators, as where it is not compiled. Vectors
         # of the processor's are used without compiling a program first to see that they can be.
         plain: dict[str, Any] = {"fallback_random": True, "cpp.vec_isa_ok": True}
-        with torch.no_grad():
-            rewrite = make_fx(self.module, decomposition_table=_rewritten(), tracing_mode="fake")
-            module = rewrite(*given)
+        with torch.no_grad(), warnings.catch_warnings():
+            # TensorFloat32 is as exact as three decimal digits, and the user's to choose.
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+            module = _traced(self.module, given, _rewritten())
             if all(each.device.type == "cpu" for each in given):
                 # Compiling the calls too saves a twentieth of a small step; what inductor cannot
                 # call from C++ it calls from Python.
                 with contextlib.suppress(Exception):
                     calls = {**plain, "cpp_wrapper": True}
-                    return self._bound(inductor.compile(module, given, calls))
-            return self._bound(inductor.compile(module, given, plain))
+                    return self._bound(inductor.compile(module, given, calls), inputs)
+            return self._bound(inductor.compile(module, given, plain), inputs)
 
-    def _bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        held = self.held
+    def _bound(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        """The function of the inputs alone: on one GPU as a CUDA graph, if it can be one."""
+        held, copied, device = self.held, self.copied, self.gpu
+        repeated = None
+        if device:
+            with torch.no_grad():
+                repeated = replayed(function, inputs, held, device)
 
         def run(*inputs: Tensor) -> Any:
             with torch.no_grad():  # the gradients are in the graph
-                return function(*inputs, *held)
+                for number, copy in copied:
+                    copy.fill_(number.item())
+                return repeated(*inputs) if repeated else function(*inputs, *held)
 
         return run
 
@@ -122,8 +154,9 @@ def capture(
     except Exception as error:  # whatever tracer or program meets; eagerly the program runs
         raise NotCapturableError(_located(error)) from error
     module.graph.eliminate_dead_code()
+    _place(module)
     held = _lift(module)
-    return Graph(module, held, _changed(module, held))
+    return _joined(Graph(module, held, _changed(module, held)), inputs)
 
 
 class _Recording(TorchFunctionMode):
@@ -206,6 +239,77 @@ def _warns(frame: Any) -> bool:
     return inside and frame.f_code.co_name.startswith(("warn_if_", "torch_is"))
 
 
+def _place(module: fx.GraphModule) -> None:
+    """Bring numbers that the program writes down to where it has them, once and not every time.
+
+    ``torch.tensor([1.0, 2.0], device="cuda")`` is a copy between memories, which is waited for.
+    """
+    graph = module.graph
+    for index, node in enumerate(list(graph.nodes)):
+        if node.target is not _aten._to_copy.default:
+            continue
+        (source,) = node.args
+        if source.target is not _aten.lift_fresh_copy.default or len(source.users) > 1:
+            continue
+        (value,) = source.args
+        if value.op != "get_attr":
+            continue
+        name = f"_placed_{index}"
+        written = getattr(module, value.target)
+        module.register_buffer(name, _aten._to_copy.default(written, **node.kwargs))
+        with graph.inserting_before(node):
+            placed = graph.get_attr(name)
+            own = graph.call_function(_aten.lift_fresh_copy.default, (placed,))
+        placed.meta, own.meta = dict(node.meta), dict(node.meta)
+        node.replace_all_uses_with(own)
+        graph.erase_node(node)
+        graph.erase_node(source)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _joined(graph: Graph, inputs: Sequence[Tensor]) -> Graph:
+    """The graph with the numbers that the programs hold on the CPU brought to their GPU."""
+    places = {each.device for each in (*inputs, *graph.held) if each.device.type == "cuda"}
+    if len(places) != 1:
+        return graph
+    (place,) = places
+    nodes = [node for node in graph.module.graph.nodes if node.op == "placeholder"]
+    copies = {
+        id(each): each.to(place, copy=True)
+        for node, each in zip(nodes[len(inputs) :], graph.held, strict=True)
+        if each.device.type == "cpu" and not each.dim() and id(each) not in graph.changed
+        if not _written_down(node, set())
+    }
+    if not copies:
+        return graph
+    held = [copies.get(id(each), each) for each in graph.held]
+    copied = [(each, copies[id(each)]) for each in graph.held if id(each) in copies]
+    with contextlib.suppress(RuntimeError):  # where an operation is told to be on the CPU
+        module = _traced(graph.module, [*inputs, *held])
+        return Graph(module, held, graph.changed, copied)
+    return graph
+
+
+def _traced(
+    module: fx.GraphModule,
+    given: Sequence[Tensor],
+    table: Mapping[Any, Callable[..., Any]] | None = None,
+) -> fx.GraphModule:
+    """A graph traced again, for tensors of another kind or with operations replaced."""
+    trace = make_fx(module, decomposition_table=dict(table or {}), tracing_mode="fake")
+    traced: fx.GraphModule = trace(*given)
+    return traced
+
+
+def _written_down(node: fx.Node, numbers: Set[fx.Node]) -> bool:
+    """Whether a node on the CPU has the same value in every run."""
+    if node.op == "placeholder":  # lifted where the program makes it, and out of others' reach
+        return all(user.target is _aten.lift_fresh_copy.default for user in node.users)
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return set(node.all_input_nodes) <= numbers and not random
+
+
 def _lift(module: fx.GraphModule) -> list[Tensor]:
     """Make the tensors that a graph holds inputs of it, each once, and return them."""
     held: dict[int, Tensor] = {}
@@ -260,6 +364,10 @@ def _log1p(x: Tensor) -> Tensor:
     """
     y = 1 + x
     return y.log() + torch.where((x.abs() < 1), (x - (y - 1)) / y, 0.0)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _located(error: BaseException) -> str:

@@ -64,6 +64,7 @@ def train(
     activation: Activation = "ReLU",
     gated: bool = False,
     blocks: int = 0,
+    bfloat16: bool = False,
     output_bias: bool = False,
     prior: Part = _NORMAL,
     likelihood: Part = _BERNOULLI,
@@ -111,6 +112,8 @@ def train(
         gated: Gate the hidden layers of the MLPs; with the activation Identity, as in the
             VampPrior's paper.
         blocks: Residual blocks at each resolution of a convolutional encoder and decoder.
+        bfloat16: Train the networks in bfloat16, faster on a GPU where they are thousands wide;
+            densities, weights and evaluation stay in float32.
         output_bias: Start the decoder's output bias at the training mean.
         prior: Prior p(z).
         likelihood: Likelihood p(x|z).
@@ -165,6 +168,7 @@ def train(
         activation=activation,
         gated=gated,
         blocks=blocks,
+        bfloat16=bfloat16,
         missing=missing,
         context=sum(c.shape[-1] for c in dataset.train.context),
         rows=len(dataset.train),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "fill"]
+__all__ = ["MLP", "BFloat16", "ConvDecoder", "ConvEncoder", "fill"]
 
 import math
 from collections.abc import Callable, Sequence
@@ -191,6 +191,48 @@ class ConvDecoder(nn.Module):
         """Set each output channel's bias to the mean over pixels of `value`."""
         means = value.expand(self.output).mean((-2, -1)).flatten()
         cast("nn.Parameter", self.convolutions[-1].bias).copy_(means)
+
+
+class BFloat16(nn.Module):
+    """A network that is trained in bfloat16, and evaluated as it is.
+
+    In training its matrix products and convolutions are in bfloat16, by torch's automatic mixed
+    precision, and so is what it keeps between them. Weights, gradients and outputs stay in
+    float32, so that the parameters of distributions, their draws and log-densities do:
+    Micikevicius et al. (2018), Mixed Precision Training, with a type that needs no scaling of the
+    loss. On a GPU products of thousands of columns are faster by it; small ones gain nothing.
+
+    Args:
+        network: The network, in float32.
+
+    Example:
+        >>> encoder = BFloat16(MLP((1, 28, 28), [400], (2, 20)))
+        >>> encoder(torch.zeros(5, 1, 28, 28)).dtype
+        torch.float32
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """What the network maps its inputs to, in float32."""
+        if not self.training:
+            return cast("Tensor", self.network(x, *context))
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            output: Tensor = self.network(x, *context)
+        return output.float() if output.dtype == torch.bfloat16 else output
+
+    def set_bias(self, value: Tensor) -> None:
+        """Set the output's bias of the network to `value`.
+
+        Raises:
+            TypeError: It has none that can be set.
+        """
+        set_bias = getattr(self.network, "set_bias", None)
+        if set_bias is None:
+            raise TypeError(f"a {type(self.network).__name__} decoder has no method set_bias")
+        set_bias(value)
 
 
 def fill(x: Tensor, *, dims: int) -> Tensor:

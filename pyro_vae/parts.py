@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_vae import importance, likelihoods, objectives, posteriors, priors
 from pyro_vae.mapped import Mapped
-from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, fill
+from pyro_vae.networks import MLP, BFloat16, ConvDecoder, ConvEncoder, fill
 from pyro_vae.splits import Split
 from pyro_vae.vae import VAE
 
@@ -87,6 +87,7 @@ class Blueprint:
         activation: Name of the module between layers, one of `ACTIVATIONS`.
         gated: Whether the hidden layers of the MLPs are gated.
         blocks: Residual blocks at each resolution of a convolutional pair.
+        bfloat16: Whether the networks are trained in bfloat16.
         context: Number of context features that a datum brings.
         missing: Whether data may be NaN where they were not observed: the encoder gets them
             with the mask, and the likelihood scores the rest.
@@ -108,6 +109,7 @@ class Blueprint:
     activation: str = "ReLU"
     gated: bool = False
     blocks: int = 0
+    bfloat16: bool = False
     context: int = 0
     missing: bool = False
     rows: int = 1
@@ -194,9 +196,10 @@ class Blueprint:
             raise ValueError(f"this is no description of a VAE: {error}") from error
         if not all(type(size) is int and size >= 0 for size in sizes):
             raise ValueError(f"this is no description of a VAE: its sizes are {sizes}")
-        if not all(type(switch) is bool for switch in (found.gated, found.missing)):
+        switches = {key: getattr(found, key) for key in ("gated", "bfloat16", "missing")}
+        if not all(type(switch) is bool for switch in switches.values()):
             raise ValueError(
-                "this is no description of a VAE: gated and missing are true or false"
+                f"this is no description of a VAE: {', '.join(switches)} are true or false"
             )
         for key, part in parts.items():
             if not (isinstance(part.name, str) and isinstance(part.options, Mapping)):
@@ -215,14 +218,18 @@ class Blueprint:
             "transform": None if transform is likelihoods.Likelihood.encoded else transform,
         }
         if not self.channels:
-            return MLP(shape, self.hidden, output, **options)
-        return ConvEncoder(shape, self.channels, output, **options)
+            return self._trained(MLP(shape, self.hidden, output, **options))
+        return self._trained(ConvEncoder(shape, self.channels, output, **options))
 
     def _decoder(self, output: tuple[int, ...], context: int) -> nn.Module:
         options: dict[str, Any] = {**self._options, "context": context}
         if not self.channels:
-            return MLP(self.latent, self.hidden[::-1], output, **options)
-        return ConvDecoder(self.latent, self.channels[::-1], output, **options)
+            return self._trained(MLP(self.latent, self.hidden[::-1], output, **options))
+        return self._trained(ConvDecoder(self.latent, self.channels[::-1], output, **options))
+
+    def _trained(self, network: nn.Module) -> nn.Module:
+        """The network in the precision in which it is trained."""
+        return BFloat16(network) if self.bfloat16 else network
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -285,42 +285,44 @@ class CompiledSVI:
             return getattr(self.loss, method)(self.model, self.guide, *args, **kwargs)
 
         # Tensors of their own, so that one given twice, or held too, is not taken for the other.
+        device = self._gpu(leaves)
         inputs = [
-            each if isinstance(each, nn.Parameter) else each.detach() for each in _inputs(leaves)
+            each if isinstance(each, nn.Parameter) else each.detach()
+            for each in _inputs(leaves, device)
         ]
         loose = self._loose(self.loss)
         with restored(loose), unassigned(self._held(self.loss)):
             graph = capture(objective, inputs, parameters)
         if not graph.changed <= {id(each) for each in loose}:
             raise NotCapturableError("it changes a tensor in place that is kept out of sight")
-        function = graph.interpreted()
-        if self.mode == "compiled":
-            function = self._compiled(graph, inputs)
+        function = self._function(graph, inputs)
 
         def run(leaves: Sequence[Any]) -> Tensor:
-            loss, *gradients = function(*_inputs(leaves))
+            loss, *gradients = function(*_inputs(leaves, device))
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             return cast("Tensor", loss)
 
         return run
 
-    def _compiled(self, graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        devices = {each.device for each in inputs if each.device.type == "cuda"}
+    def _function(self, graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        devices = {each.device for each in (*inputs, *graph.held) if each.device.type == "cuda"}
         still = [each for each in graph.held if id(each) in graph.changed]
-        try:
-            function = graph.compiled(inputs)
-            with torch.random.fork_rng(devices=list(devices)), restored(still):
+        with torch.random.fork_rng(devices=list(devices)), restored(still):
+            if self.mode != "compiled":
+                return graph.interpreted(inputs)
+            try:
+                function = graph.compiled(inputs)
                 function(*inputs)
-        except Exception as error:  # whatever a compiler may say
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(
-                f"the program is captured and not compiled: torch's inductor says {reason}",
-                stacklevel=6,
-            )
-            self.mode = "captured"
-            return graph.interpreted()
-        return function
+            except Exception as error:  # whatever a compiler may say
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(
+                    f"the program is captured and not compiled: torch's inductor says {reason}",
+                    stacklevel=6,
+                )
+                self.mode = "captured"
+                return graph.interpreted(inputs)
+            return function
 
     def _eager(self, method: str, structure: Any, leaves: Sequence[Any]) -> Tensor:
         args, kwargs = _arguments(leaves, structure)
@@ -370,6 +372,13 @@ class CompiledSVI:
         present = self._present()
         return [key for key in self._names if key not in present]
 
+    def _gpu(self, leaves: Sequence[Any]) -> torch.device | None:
+        """The GPU on which the arguments or parameters lie, if there is one."""
+        tensors = [each for each in leaves if isinstance(each, Tensor)]
+        parameters = (p for module in self._modules for p in module.parameters())
+        places = (each.device for each in (*tensors, *parameters))
+        return next((place for place in places if place.type == "cuda"), None)
+
     def _check_devices(self, leaves: Sequence[Any]) -> None:
         places = {p.device for module in self._modules for p in module.parameters()}
         for leaf in leaves:
@@ -406,10 +415,17 @@ def _arguments(leaves: Sequence[Any], structure: Any) -> Any:
     return (leaves, {}) if structure is None else pytree.tree_unflatten(leaves, structure)
 
 
-def _inputs(leaves: Sequence[Any]) -> list[Tensor]:
-    """The arguments that are inputs of a graph, as tensors."""
+def _inputs(leaves: Sequence[Any], device: torch.device | None) -> list[Tensor]:
+    """The arguments that are inputs of a graph, as tensors: numbers on the GPU, if there is one.
+
+    What has such a number is not waited for, as a copy would be.
+    """
     return [
-        leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=torch.float64)
+        leaf
+        if isinstance(leaf, Tensor) and (device is None or leaf.dim() or leaf.device == device)
+        else torch.full((), leaf.item(), dtype=leaf.dtype, device=device)
+        if isinstance(leaf, Tensor)
+        else torch.full((), leaf, dtype=torch.float64, device=device)
         for leaf in leaves
         if isinstance(leaf, (Tensor, float))
     ]

@@ -192,8 +192,10 @@ def fit(
             pair.train()
             watch.begin()
             for x, *context in state.batches(data, batch_size):
-                weight = min(now.step / (warmup * budget), 1.0) if warmup else 1.0
-                annealed.weight.fill_(weight)
+                weight = 1.0
+                if warmup:
+                    weight = min(now.step / (warmup * budget), 1.0)
+                    annealed.weight.fill_(weight)
                 loss = svi.loss_and_grads(x, *context)
                 now.mode = svi.mode
                 now.count(weight * len(x))
@@ -216,9 +218,11 @@ def fit(
                     raise watch.failed(_diagnosis(pair, batch, now, exact=True))
                 bar.update(seen)
                 if due:
-                    watch.check(lambda: _diagnosis(pair, data.train[:batch_size].batch(), now))
+                    watch.check(
+                        now.loss, lambda: _diagnosis(pair, data.train[:batch_size].batch(), now)
+                    )
                     state.pause()
-            watch.check(lambda: _diagnosis(pair, data.train[:batch_size].batch(), now))
+            watch.check(now.loss, lambda: _diagnosis(pair, data.train[:batch_size].batch(), now))
             row: Metrics = {
                 "epoch": epoch,
                 "samples": epoch * rows,
@@ -320,15 +324,12 @@ class _Watch:
     def begin(self) -> None:
         """Begin an epoch, to whose parameters to go back."""
         self.before = [each.detach().clone() for each in (*self.parameters, *self.buffers)]
-        self.finite: Any = True
 
     def passes(self, loss: Tensor, norm: Tensor | None) -> bool:
         """Whether to take the step."""
-        finite = loss.isfinite() if norm is None else loss.isfinite() & norm.isfinite()
         if self.waits:
-            self.finite = finite & self.finite
             return True
-        passed = bool(finite)
+        passed = all(math.isfinite(float(each)) for each in (loss, norm) if each is not None)
         if passed and self.keeps:
             _put(self.buffers, self.kept)
         return passed
@@ -337,9 +338,9 @@ class _Watch:
         """Put back what the loss of a step that is left out has changed."""
         _put(self.kept, self.buffers)
 
-    def check(self, diagnosis: Callable[[], str]) -> None:
-        """Raise the diagnosis unless all was finite."""
-        if not (bool(self.finite) and self._sound()):
+    def check(self, total: Tensor | float, diagnosis: Callable[[], str]) -> None:
+        """Raise the diagnosis unless the sum of all losses is finite, and so all of them were."""
+        if not (math.isfinite(float(total)) and self._sound()):
             raise self.failed(diagnosis())
 
     def failed(self, reason: str) -> FloatingPointError:

@@ -44,6 +44,7 @@ def run(tmp_path):
         {"likelihood": Part("Normal")},
         {"gated": True, "activation": "Identity", "missing": True},
         {"channels": (1,), "blocks": 1},
+        {"bfloat16": True},
         {"context": 10, "likelihood": Part("Poisson")},
         {"likelihood": Part("Normal", {"per_element": True, "bounded": True, "floor": 0.1})},
     ],
@@ -54,6 +55,7 @@ def run(tmp_path):
         "learned scale",
         "gated",
         "blocks",
+        "bfloat16",
         "counts",
         "scale of each element",
     ],
@@ -75,7 +77,7 @@ def test_a_run_opens_bit_for_bit_as_it_was_saved(options, tmp_path):
 
 def test_a_run_from_before_its_later_fields_opens(run):
     description = json.loads((run / "model.json").read_text())
-    for key in ("gated", "blocks", "missing"):
+    for key in ("gated", "blocks", "bfloat16", "missing"):
         del description[key]
     before = load(run).state_dict()
     (run / "model.json").write_text(json.dumps(description))

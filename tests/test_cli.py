@@ -482,7 +482,7 @@ def test_missing_values_are_told_by_how_to_accept_them(gaps, capsys):
 def test_a_run_from_before_its_later_options_opens(run, here, capsys):
     shutil.copytree(run, here / "run")
     settings = configuration(run)
-    for key in ("gated", "blocks", "missing"):
+    for key in ("gated", "blocks", "bfloat16", "missing"):
         del settings[key]
     (here / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     for place in (run, "run"):

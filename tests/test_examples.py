@@ -259,6 +259,10 @@ def test_the_report_reckons_ratios_and_lines(benchmarks):
         "start-up, cold": "9.00 s | 15 s | yes",
         "start-up, warm": "9.00 s | 5 s | NO",
     }
+    pyro = {"784-400-20": {**rows, "Pyro": row(20, 8, 50, 1)}}
+    assert speed.promises({"sizes": pyro, "device": "cuda"}).splitlines()[2:] == [
+        "| step, to `pyro.infer.SVI` | 0.15 | 0.1 | NO |"
+    ]
     assert "| pythae | 9.00 | 11,111 | 4.50 | 0.33 | 8.0 | 0.25 |" in speed.table(
         "784-400-20", rows
     )

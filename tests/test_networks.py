@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pyro_vae.networks import MLP, ConvDecoder, ConvEncoder, fill
+from pyro_vae.networks import MLP, BFloat16, ConvDecoder, ConvEncoder, fill
 
 IMAGES = [(1, 28, 28), (1, 28, 20), (3, 8, 8), (2, 7, 5)]
 
@@ -174,3 +174,39 @@ def test_output_bias_is_the_output_at_zero_weights(network, shape):
 def test_a_convolution_of_vectors_is_refused():
     with pytest.raises(ValueError, match="use an MLP"):
         ConvEncoder((64,), [4], (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: MLP((1, 8, 8), [30], (2, 3), context=2), (7, 1, 8, 8)),
+        (lambda: ConvEncoder((1, 8, 8), [4], (2, 3), context=2), (7, 1, 8, 8)),
+        (lambda: ConvDecoder(5, [4], (1, 8, 8), context=2), (7, 5)),
+    ],
+)
+def test_a_network_is_trained_in_bfloat16_and_evaluated_in_float32(make, shape):
+    torch.manual_seed(0)
+    network = make()
+    both = BFloat16(network)
+    inputs = torch.rand(shape), torch.randn(shape[0], 2)
+    weights = list(network.parameters())
+    exact, rough = network(*inputs), both(*inputs)
+    slopes, rougher = (
+        torch.autograd.grad(each.square().sum(), weights) for each in (exact, rough)
+    )
+    assert rough.dtype == exact.dtype == torch.float32
+    # Each of at most three layers rounds inputs, weights and outputs to 8 binary digits, of
+    # values below 1 in size; that all of these errors are as large as can be is not met.
+    for one, other in zip([rough, *rougher], [exact, *slopes], strict=True):
+        assert other.dtype == torch.float32
+        error = (one - other).norm() / other.norm()
+        assert 0 < error < 9 * 2**-8
+    assert torch.equal(both.eval()(*inputs), exact)
+
+
+def test_a_bias_is_set_through_the_precision():
+    network = MLP(2, [], (1, 2))
+    BFloat16(network).set_bias(torch.tensor([[1.0, 2.0]]))
+    assert network.last.bias.tolist() == [1, 2]
+    with pytest.raises(TypeError, match="a Linear decoder has no method set_bias"):
+        BFloat16(nn.Linear(2, 2)).set_bias(torch.zeros(2))

@@ -318,7 +318,7 @@ def test_sizes_and_activations_that_make_no_network_are_refused(options, words):
         Blueprint(**SMALL, likelihood=Part("Normal", {"per_element": True, "floor": 0.1})),
         Blueprint(**SMALL, prior=own(Asking, width=2.0), posterior=own(Wide, rank=3)),
         Blueprint(**SMALL, gated=True, activation="Identity", missing=True),
-        Blueprint(**SMALL, channels=(3,), blocks=2),
+        Blueprint(**SMALL, channels=(3,), blocks=2, bfloat16=True),
         Blueprint(**SMALL, context=2, likelihood=Part("Poisson", {"size_factor": True})),
     ],
 )
@@ -341,6 +341,7 @@ def test_a_blueprint_survives_json(blueprint):
         {"rows": -1},
         {"blocks": 1.5},
         {"gated": 1},
+        {"bfloat16": "yes"},
         {"missing": "no"},
         {"depth": 3},
         {"prior": "Normal"},
@@ -356,7 +357,7 @@ def test_values_of_no_blueprint_are_refused(changes):
 
 def test_a_blueprint_from_before_its_later_fields_is_read():
     values = Blueprint(**SMALL).plain()
-    for key in ("gated", "blocks", "missing"):
+    for key in ("gated", "blocks", "bfloat16", "missing"):
         del values[key]
     assert Blueprint.of(values) == Blueprint.of(Blueprint(**SMALL).plain())
 

@@ -37,25 +37,31 @@ from contenders import CONTENDERS, SIZES
 
 FOLDER = Path(__file__).parent
 OURS, FIRST = "pyro_vae", "784-400-20"
-MARKS = "<!-- speed.py writes from here -->", "<!-- to here -->"
+MARKS = {  # on the page, of each device
+    "cpu": ("<!-- speed.py writes from here -->", "<!-- to here -->"),
+    "cuda": ("<!-- speed.py --device cuda writes from here -->", "<!-- to here, of a GPU -->"),
+}
 PACKAGES = ["torch", "pyro-ppl", "jax", "numpyro", "pythae", "torchvision", "numpy"]
 ROWS = 60_000  # images of an epoch, to which a part is scaled
 WARMUP = 200  # steps before anything is timed
 DRAWS = [1, 2, 5, 10, 20, 35, 50]
 PARTS = [10_000, 20_000, 30_000, 40_000, 50_000, 60_000]
 
-# What is promised at 784-400-20 (and IWAE): the measure, and the most that it may be.
-PROMISES = [
-    ("step, to the floor", "784-400-20", "step", "floor", 1.4),
-    ("step, to `pyro.infer.SVI`", "784-400-20", "step", "Pyro", 0.42),
-    ("step, to PyTorch", "784-400-20", "step", "PyTorch", 0.55),
-    ("step, to PyTorch, compiled", "784-400-20", "step", "PyTorch, compiled", 0.8),
-    ("epoch, to NumPyro", "784-400-20", "epoch", "NumPyro", 0.6),
-    ("epoch, to pytorch/examples", "784-400-20", "epoch", "pytorch/examples", 0.3),
-    ("epoch, to pythae", "784-400-20", "epoch", "pythae", 0.6),
-    ("peak memory, to PyTorch", "784-400-20", "memory", "PyTorch", 1.1),
-    ("step with 50 draws, to the floor", "IWAE", "step", "floor", 1.7),
-]
+# What is promised on each device: the measure, and the most that it may be.
+PROMISES = {
+    "cpu": [
+        ("step, to the floor", "784-400-20", "step", "floor", 1.4),
+        ("step, to `pyro.infer.SVI`", "784-400-20", "step", "Pyro", 0.42),
+        ("step, to PyTorch", "784-400-20", "step", "PyTorch", 0.55),
+        ("step, to PyTorch, compiled", "784-400-20", "step", "PyTorch, compiled", 0.8),
+        ("epoch, to NumPyro", "784-400-20", "epoch", "NumPyro", 0.6),
+        ("epoch, to pytorch/examples", "784-400-20", "epoch", "pytorch/examples", 0.3),
+        ("epoch, to pythae", "784-400-20", "epoch", "pythae", 0.6),
+        ("peak memory, to PyTorch", "784-400-20", "memory", "PyTorch", 1.1),
+        ("step with 50 draws, to the floor", "IWAE", "step", "floor", 1.7),
+    ],
+    "cuda": [("step, to `pyro.infer.SVI`", "784-400-20", "step", "Pyro", 0.1)],
+}
 
 
 class Process:
@@ -245,10 +251,11 @@ def promises(results):
             lines.append(f"| {what} | {found:.2f}{unit} | {most:g}{unit} | {kept} |")
 
     sizes = results["sizes"]
-    for what, size, kind, other, most in PROMISES:
+    device = results.get("device", "cpu")
+    for what, size, kind, other, most in PROMISES[device]:
         add(what, ratio(sizes.get(size, {}), OURS, other, kind), most)
     ours = sizes.get("784-400-20", {}).get(OURS)
-    if ours:
+    if ours and device == "cpu":
         if ours["epochs"]:
             steps = math.ceil(ours["rows"] / ours["batch"])
             pairs = zip(ours["epochs"], ours["steps"], strict=False)
@@ -349,7 +356,7 @@ def report(results):
     return "\n\n".join(part for part in parts if part)
 
 
-def write(text, page, marks=MARKS):
+def write(text, page, marks):
     """Put a text between the two marks on a page."""
     first, last = marks
     before, rest = page.read_text().split(first)
@@ -423,7 +430,7 @@ def prepare(options):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="folder of the data sets")
-    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=None)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=None)
     parser.add_argument("--rounds", type=int, default=7, help="blocks of steps of each contender")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a block")
@@ -437,6 +444,8 @@ def arguments():
     parser.add_argument("--out", type=Path, default=FOLDER / "results")
     options = parser.parse_args()
     options.warmup, options.draws, options.parts = WARMUP, DRAWS, PARTS
+    if options.sizes is None:
+        options.sizes = [k for k, size in SIZES.items() if size.device in ("", options.device)]
     if options.contenders is None:
         options.contenders = [OURS] if options.linear else list(CONTENDERS)
     return options
@@ -447,7 +456,7 @@ def collect(options, results):
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = scratch
         prepare(options)
-        results["machine"] = machine(options)
+        results |= {"device": options.device, "machine": machine(options)}
         if options.linear:
             results["linear"] = linear(options)
         for name in [] if options.linear else options.sizes:
@@ -468,12 +477,11 @@ def main():
         if results["sizes"]:
             draw(results).savefig(file.with_suffix(".png"))
     if options.readme:
-        chart = "![Milliseconds per step of every contender](results/speed.png)"
-        write(f"{report(results)}\n\n{chart}", FOLDER / "README.md")
-        write(
-            f"{where(results)}\n\n{table(FIRST, results['sizes'][FIRST])}",
-            FOLDER.parents[1] / "README.md",
-        )
+        chart = f"![Milliseconds per step of every contender](results/{file.stem}.png)"
+        write(f"{report(results)}\n\n{chart}", FOLDER / "README.md", MARKS[options.device])
+        if options.device == "cpu":
+            first = table(FIRST, results["sizes"][FIRST])
+            write(f"{where(results)}\n\n{first}", FOLDER.parents[1] / "README.md", MARKS["cpu"])
     print(report(results))
 
 

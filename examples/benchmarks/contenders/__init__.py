@@ -28,6 +28,7 @@ class Size:
         channels: Of the convolutions of stride 2, from x on.
         above: Number of latents of a second layer, over the first.
         rows: Images in an epoch that is timed; others are scaled to the whole.
+        device: Where it is measured, unless it is asked for by name: ``cuda``, or anywhere.
     """
 
     about: str
@@ -40,6 +41,7 @@ class Size:
     channels: tuple[int, ...] = ()
     above: int = 0
     rows: int = 60_000
+    device: str = ""
 
 
 SIZES = {
@@ -59,6 +61,10 @@ SIZES = {
     "two layers": Size(
         "784-400-50, 100 tanh units to 20 more latents above, inferred from below, batch 128",
         kind="layers", latent=50, activation="tanh", above=20,
+    ),
+    "wide": Size(
+        "784-4096-64, ReLU, batch 1024, one draw",
+        hidden=4096, latent=64, batch=1024, device="cuda",
     ),
 }  # fmt: skip
 
@@ -96,6 +102,13 @@ CONTENDERS = {
     ),
     "pyro_vae, not compiled": Entry(
         "with_pyro", "Compiled", "the captured graph, run as it is", {"mode": "captured"}
+    ),
+    "pyro_vae, bfloat16": Entry(
+        "with_pyro",
+        "Compiled",
+        "its networks in bfloat16",
+        {"mode": "compiled", "bfloat16": True},
+        fits=lambda size: size.device == "cuda",
     ),
     "Pyro": Entry("with_pyro", "Eager", "`pyro.infer.SVI` on the same program"),
     "Pyro, JIT": Entry(

@@ -15,14 +15,15 @@ from pyro_vae import (
     posteriors,
     priors,
 )
+from pyro_vae.networks import BFloat16
 from pyro_vae.objectives import IWAE, Trace_ELBO
 
 SHAPE = (1, 28, 28)
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
-def pair(size):
-    """The model/guide pair of a size."""
+def pair(size, *, bfloat16=False):
+    """The model/guide pair of a size, its networks trained in bfloat16 or not."""
     options = {"activation": ACTIVATIONS[size.activation]}
     if size.kind == "conv":
         options["hidden"] = size.hidden
@@ -31,6 +32,8 @@ def pair(size):
     else:
         encoder = MLP(SHAPE, [size.hidden], (2, size.latent), **options)
         decoder = MLP(size.latent, [size.hidden], SHAPE, **options)
+    if bfloat16:
+        encoder, decoder = BFloat16(encoder), BFloat16(decoder)
     likelihood, posterior = likelihoods.Bernoulli(decoder), posteriors.Normal(encoder)
     if not size.above:
         return VAE(priors.Normal(size.latent), likelihood, posterior)

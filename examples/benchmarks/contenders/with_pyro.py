@@ -27,8 +27,11 @@ class Eager(OnTorch):
         pyro.set_rng_seed(0)
         self.data = images(size, directory).map(lambda part: part.to(device))
         self.pool = pool(self.data.train, size)
-        self.pair = pair(size).to(device)
+        self.pair = self.programs()
         self.svi = self.inference()
+
+    def programs(self):
+        return pair(self.size).to(self.device)
 
     def inference(self):
         optimizer = pyro.optim.Adam({"lr": 1e-3})
@@ -76,11 +79,15 @@ class Compiled(Eager):
 
     Args:
         mode: How the programs run.
+        bfloat16: Whether their networks are trained in bfloat16.
     """
 
-    def __init__(self, size, directory, device, *, mode):
-        self.mode = mode
+    def __init__(self, size, directory, device, *, mode, bfloat16=False):
+        self.mode, self.bfloat16 = mode, bfloat16
         super().__init__(size, directory, device)
+
+    def programs(self):
+        return pair(self.size, bfloat16=self.bfloat16).to(self.device)
 
     def inference(self):
         from pyro_vae import CompiledSVI
@@ -104,7 +111,7 @@ class Compiled(Eager):
             return 1.0
 
         fit(
-            pair(self.size).to(self.device),
+            self.programs(),
             self.data,
             objective=objective(self.size),
             schedule=partial(LambdaLR, lr_lambda=end),
