@@ -89,15 +89,17 @@ class Graph:
         Args:
             inputs: Tensors like those that it will be given.
         """
-        import torch._inductor as inductor  # long to import, and only for those who compile
-
         given: list[Any] = [*inputs, *self.held]
         # Random numbers are those of torch's own generators, as where it is not compiled. Vectors
         # of the processor's are used without compiling a program first to see that they can be.
         plain: dict[str, Any] = {"fallback_random": True, "cpp.vec_isa_ok": True}
         with torch.no_grad(), warnings.catch_warnings():
-            # TensorFloat32 is as exact as three decimal digits, and the user's to choose.
+            # TensorFloat32 is as exact as three decimal digits, and the user's to choose; what
+            # torch uses of torch's is not.
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import torch._inductor as inductor  # long to import, and only for those who compile
+
             module = _traced(self.module, given, _rewritten())
             if all(each.device.type == "cpu" for each in given):
                 # Compiling the calls too saves a twentieth of a small step; what inductor cannot
@@ -105,7 +107,7 @@ class Graph:
                 with contextlib.suppress(Exception):
                     calls = {**plain, "cpp_wrapper": True}
                     return self._bound(inductor.compile(module, given, calls), inputs)
-            return self._bound(inductor.compile(module, given, plain), inputs)
+            return self._bound(_dense(inductor.compile(module, given, plain), module), inputs)
 
     def _bound(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[..., Any]:
         """The function of the inputs alone: on one GPU as a CUDA graph, if it can be one."""
@@ -122,6 +124,28 @@ class Graph:
                 return repeated(*inputs) if repeated else function(*inputs, *held)
 
         return run
+
+
+def _dense(function: Callable[..., Any], module: fx.GraphModule) -> Callable[..., Any]:
+    """A compiled graph whose outputs lie in memory as those of the graph do.
+
+    What is compiled for a GPU may return a part of a matrix that was made larger.
+    """
+    *_, output = module.graph.nodes
+    strides = [None if node is None else node.meta["val"].stride() for node in output.args[0]]
+
+    def run(*inputs: Tensor) -> list[Tensor | None]:
+        found = function(*inputs)
+        return [
+            value
+            if value is None or stride is None or value.stride() == stride
+            else torch.empty_strided(
+                value.shape, stride, dtype=value.dtype, device=value.device
+            ).copy_(value)
+            for value, stride in zip(found, strides, strict=True)
+        ]
+
+    return run
 
 
 def capture(

@@ -6,6 +6,7 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import pytest
+import test_svi
 import torch
 from pyro.infer import Trace_ELBO
 from test_svi import ELBOS, ILL, PROGRAMS, STEP, Noisy, X, _store
@@ -25,6 +26,7 @@ from pyro_vae import (
     priors,
     training,
 )
+from pyro_vae.capture import _dense
 from pyro_vae.capture import capture as captured
 from pyro_vae.networks import BFloat16
 from pyro_vae.objectives import IWAE, BetaELBO
@@ -37,7 +39,9 @@ needs_gpu = pytest.mark.skipif(NO_GPU, reason="needs a GPU")
 
 
 @pytest.fixture
-def gpu():
+def gpu(monkeypatch):
+    """All tensors on the GPU, those of the programs included."""
+    monkeypatch.setattr(test_svi, "X", X.cuda())
     torch.set_default_device("cuda")
     yield
     torch.set_default_device(None)
@@ -291,6 +295,15 @@ def test_a_program_on_the_cpu_is_on_no_gpu_and_has_no_copies():
 
 def test_inputs_that_share_memory_are_not_recorded():
     assert replayed(torch.sum, [torch.zeros(()).expand(3)], [], torch.device("cuda")) is None
+
+
+def test_outputs_lie_in_memory_as_those_of_the_graph():
+    graph = captured(lambda x: x.T.contiguous().sum(0, keepdim=True) * x, [torch.ones(4, 4)], [])
+    function = _dense(lambda x: [torch.cat([x, x], 1)[:, :4]], graph.module)
+    x = torch.randn(4, 4)
+    (found,) = function(x)
+    assert torch.equal(found, x)
+    assert found.stride() == (4, 1)
 
 
 def test_what_is_written_down_is_brought_to_its_place_once():

@@ -143,6 +143,11 @@ def start(name, size, options):
     except ModuleNotFoundError as error:
         say(f"{name} is left out ({error}); pip install '.[bench]'")
         return None
+    except SystemExit as error:
+        if name == OURS:
+            raise
+        say(f"{name} is left out, since it cannot start: {error}")
+        return None
     warm.times = {"cold": cold.times, "warm": warm.times}
     return warm
 
@@ -451,31 +456,36 @@ def arguments():
     return options
 
 
-def collect(options, results):
-    """Measure what the options ask for, and put it into the results."""
+def collect(options, results, keep):
+    """Measure what the options ask for, put it into the results and keep them, size by size."""
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = scratch
         prepare(options)
         results |= {"device": options.device, "machine": machine(options)}
         if options.linear:
             results["linear"] = linear(options)
+            keep(results)
         for name in [] if options.linear else options.sizes:
             say(f"measuring {name}")
             size = SIZES[name]
             cases = [(key, key, size) for key in options.contenders if CONTENDERS[key].has(size)]
             results["sizes"][name] = measure(cases, options)
+            keep(results)
 
 
 def main():
     options = arguments()
     file = options.out / ("speed.json" if options.device == "cpu" else "speed_gpu.json")
     results = json.loads(file.read_text()) if file.exists() else {"sizes": {}}
-    if not options.report:
-        collect(options, results)
+
+    def keep(results):
         options.out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=2) + "\n")
         if results["sizes"]:
             draw(results).savefig(file.with_suffix(".png"))
+
+    if not options.report:
+        collect(options, results, keep)
     if options.readme:
         chart = f"![Milliseconds per step of every contender](results/{file.stem}.png)"
         write(f"{report(results)}\n\n{chart}", FOLDER / "README.md", MARKS[options.device])
