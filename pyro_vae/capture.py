@@ -34,6 +34,7 @@ from pyro_vae.replay import replayed
 from pyro_vae.scoring import validation
 
 _aten = torch.ops.aten
+_COPIES = (_aten._to_copy.default, _aten.copy_.default)
 
 
 class NotCapturableError(Exception):
@@ -67,6 +68,8 @@ class Graph:
             }
             if {place.type for place in places} == {"cpu"} and _written_down(node, numbers):
                 numbers.add(node)
+            elif node.target in _COPIES and not numbers.isdisjoint(node.all_input_nodes):
+                return None  # from memory that would be gone when the copy is made again
             else:
                 devices |= places
         place = devices.pop() if len(devices) == 1 else None
@@ -116,12 +119,16 @@ class Graph:
         if device:
             with torch.no_grad():
                 repeated = replayed(function, inputs, held, device)
+        places = [each.data_ptr() for each in held] if repeated else []
 
         def run(*inputs: Tensor) -> Any:
             with torch.no_grad():  # the gradients are in the graph
                 for number, copy in copied:
                     copy.fill_(number.item())
-                return repeated(*inputs) if repeated else function(*inputs, *held)
+                # A CUDA graph reads where a parameter lay, even after the module went elsewhere.
+                if repeated and places == [each.data_ptr() for each in held]:
+                    return repeated(*inputs)
+                return function(*inputs, *held)
 
         return run
 
@@ -224,14 +231,17 @@ class _Recording(TorchFunctionMode):
                 old if new is None else new if old is None else old + new
                 for old, new in zip(total, slopes, strict=True)
             ]
-        # Fused optimisers read a gradient in the order in which its parameter lies in memory.
-        return [
-            slope
-            if slope is None or slope.stride() == each.stride()
-            # A view of one number has its strides too, and no memory of its own.
-            else torch.empty_like(each).copy_(slope)
-            for slope, each in zip(total, parameters, strict=True)
-        ]
+        # Fused optimisers read a gradient in the order in which its parameter lies in memory, and
+        # clipping writes to it: one gradient of two parameters is two tensors.
+        own = set[int]()
+        found = list[Tensor | None]()
+        for slope, each in zip(total, parameters, strict=True):
+            if slope is None or (slope.stride() == each.stride() and id(slope) not in own):
+                found.append(slope)
+            else:  # a view of one number has its strides too, and no memory of its own
+                found.append(torch.empty_like(each).copy_(slope))
+            own.add(id(slope))
+        return found
 
 
 def _marked(value: Tensor, origins: frozenset[str]) -> Any:

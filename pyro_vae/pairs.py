@@ -331,7 +331,8 @@ def undisturbed(pair: Any, batch: tuple[Tensor, ...]) -> Iterator[None]:
     """Leave random state and buffers (batch-norm statistics) as they were."""
     buffers = dict(pair.named_buffers()) if isinstance(pair, nn.Module) else {}
     kept = {name: buffer.clone() for name, buffer in buffers.items()}
-    devices = {tensor.device for tensor in batch if tensor.device.type == "cuda"}
+    parameters = pair.parameters() if isinstance(pair, nn.Module) else ()
+    devices = {each.device for each in (*batch, *parameters) if each.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             yield

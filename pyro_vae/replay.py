@@ -33,8 +33,8 @@ def replayed(
         device: The GPU on which it computes.
 
     Returns:
-        From inputs to the outputs; None where the function waits for the GPU, or where several
-        elements of an input share their memory.
+        From inputs to the outputs; None where the function waits for the GPU or cannot be
+        recorded, or where several elements of an input share their memory.
     """
     if any(_overlaps(each) for each in inputs):
         return None
@@ -45,13 +45,14 @@ def replayed(
     for target, value in zip(own, inputs, strict=True):
         target.copy_(value)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
-        try:
-            _warm(function, [*own, *held])
-        except RuntimeError:  # what waits must not be recorded, and says so here
-            return None
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            loss, *others = function(*own, *held)
+    try:
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            _warm(function, [*own, *held], stream)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                loss, *others = function(*own, *held)
+    except RuntimeError:  # it waits, which is found before it is recorded, or has no room
+        return None
 
     def run(*inputs: Tensor) -> Sequence[Tensor | None]:
         for target, value in zip(own, inputs, strict=True):
@@ -62,17 +63,18 @@ def replayed(
     return run
 
 
-def _warm(function: Function, arguments: Sequence[Tensor]) -> None:
+def _warm(function: Function, arguments: Sequence[Tensor], stream: torch.cuda.Stream) -> None:
     """Run a function beside what the GPU does else, as recording does; refuse to wait for it."""
-    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function(*arguments)  # once without being watched, since libraries are loaded in it
-        with _unwaiting():
-            for _ in range(_WARM - 1):
-                function(*arguments)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
+    try:
+        with torch.cuda.stream(stream):
+            function(*arguments)  # once without being watched, since libraries are loaded in it
+            with _unwaiting():
+                for _ in range(_WARM - 1):
+                    function(*arguments)
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager

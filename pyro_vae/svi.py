@@ -55,16 +55,20 @@ class CompiledSVI:
 
     Model, guide and objective are run once for each kind of input and kept as a graph of tensor
     operations, gradients included, which later steps repeat without Pyro's handlers. The numbers
-    are those of `pyro.infer.SVI`: captured, gradients are equal bit for bit; compiled, to
-    rounding, from the same random stream. In any mode the programs first run once eagerly,
-    with Pyro's validation on and random state and buffers put back, so that a wrong program
-    fails with Pyro's message before anything is changed.
+    are those of `pyro.infer.SVI`: captured, gradients are equal bit for bit on a CPU, and to
+    rounding on a GPU or compiled, from the same random stream. In any mode the programs first run
+    once eagerly, with Pyro's validation on and random state and buffers put back, so that a wrong
+    program fails with Pyro's message before anything is changed.
 
     A graph stands for one shape, type and device of every tensor, one value of every other
     argument but floats, which are inputs of the graph, and one state of the modules that the
     programs belong to: training or evaluation, frozen or trained, and which parameters they
     have. Another one is captured anew, and the last eight are kept. A program that has no one
     graph, since it branches on values or enumerates, is told of once and runs eagerly.
+
+    On a GPU a graph all of whose tensors lie there, but for single numbers, becomes a CUDA graph:
+    its kernels start together. One that waits for the GPU stays as it is. `loss_and_grads` leaves
+    gradients in memory that the next call with such arguments writes to.
 
     What Python alone knows cannot be seen: numbers kept in attributes, lists and global
     variables, and draws of Python's or NumPy's generators, stay in a graph as they were when it
@@ -194,7 +198,7 @@ class CompiledSVI:
         """What a graph depends on and does not take as an input."""
         if self.mode == "eager":
             return None
-        state = [torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), *map(kind, leaves)]
+        state = [torch.get_default_dtype(), *_precision(), *map(kind, leaves)]
         for module in self._modules:
             append_state(module, state)
         if self._stored:
@@ -291,7 +295,9 @@ class CompiledSVI:
             for each in _inputs(leaves, device)
         ]
         loose = self._loose(self.loss)
-        with restored(loose), unassigned(self._held(self.loss)):
+        # Some random operations have no rule for their shape, and are done to find it out.
+        forked = torch.random.fork_rng(devices=_gpus(inputs, parameters))
+        with forked, restored(loose), unassigned(self._held(self.loss)):
             graph = capture(objective, inputs, parameters)
         if not graph.changed <= {id(each) for each in loose}:
             raise NotCapturableError("it changes a tensor in place that is kept out of sight")
@@ -306,9 +312,8 @@ class CompiledSVI:
         return run
 
     def _function(self, graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        devices = {each.device for each in (*inputs, *graph.held) if each.device.type == "cuda"}
         still = [each for each in graph.held if id(each) in graph.changed]
-        with torch.random.fork_rng(devices=list(devices)), restored(still):
+        with torch.random.fork_rng(devices=_gpus(inputs, graph.held)), restored(still):
             if self.mode != "compiled":
                 return graph.interpreted(inputs)
             try:
@@ -420,15 +425,32 @@ def _inputs(leaves: Sequence[Any], device: torch.device | None) -> list[Tensor]:
 
     What has such a number is not waited for, as a copy would be.
     """
-    return [
-        leaf
-        if isinstance(leaf, Tensor) and (device is None or leaf.dim() or leaf.device == device)
-        else torch.full((), leaf.item(), dtype=leaf.dtype, device=device)
-        if isinstance(leaf, Tensor)
-        else torch.full((), leaf, dtype=torch.float64, device=device)
-        for leaf in leaves
-        if isinstance(leaf, (Tensor, float))
+    found = list[Tensor]()
+    for leaf in leaves:
+        if isinstance(leaf, float):
+            found.append(torch.full((), leaf, dtype=torch.float64, device=device))
+        elif isinstance(leaf, Tensor):
+            moves = device is not None and leaf.device.type == "cpu" and not leaf.dim()
+            if moves and not leaf.requires_grad:
+                found.append(torch.full((), leaf.item(), dtype=leaf.dtype, device=device))
+            else:
+                found.append(leaf)
+    return found
+
+
+def _gpus(*tensors: Sequence[Tensor]) -> list[torch.device]:
+    """The GPUs on which some tensors lie, whose random state is to be put back."""
+    return list({each.device for group in tensors for each in group if each.device.type == "cuda"})
+
+
+def _precision() -> tuple[Any, ...]:
+    """Settings of torch's that a graph keeps as they were when it was captured."""
+    autocast = [
+        (torch.is_autocast_enabled(each), torch.get_autocast_dtype(each))
+        for each in ("cpu", "cuda")
     ]
+    exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return *autocast, *exact
 
 
 def _unique(trace: poutine.Trace) -> dict[str, Tensor]:

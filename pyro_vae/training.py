@@ -324,10 +324,12 @@ class _Watch:
     def begin(self) -> None:
         """Begin an epoch, to whose parameters to go back."""
         self.before = [each.detach().clone() for each in (*self.parameters, *self.buffers)]
+        self.norms: Tensor | float = 0.0
 
     def passes(self, loss: Tensor, norm: Tensor | None) -> bool:
         """Whether to take the step."""
         if self.waits:
+            self.norms = self.norms if norm is None else self.norms + norm
             return True
         passed = all(math.isfinite(float(each)) for each in (loss, norm) if each is not None)
         if passed and self.keeps:
@@ -340,7 +342,8 @@ class _Watch:
 
     def check(self, total: Tensor | float, diagnosis: Callable[[], str]) -> None:
         """Raise the diagnosis unless the sum of all losses is finite, and so all of them were."""
-        if not (math.isfinite(float(total)) and self._sound()):
+        sums = float(total), float(self.norms)
+        if not (all(map(math.isfinite, sums)) and self._sound()):
             raise self.failed(diagnosis())
 
     def failed(self, reason: str) -> FloatingPointError:

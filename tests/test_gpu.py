@@ -1,5 +1,6 @@
 """Steps on a GPU: CUDA graphs, and what is asked of a program before it becomes one."""
 
+import math
 import warnings
 from functools import partial
 
@@ -126,6 +127,24 @@ def test_a_replay_changes_the_buffers_once_for_each_step(mode, replays):
     assert all(replays)
     for name, value in ends[0].items():
         assert torch.allclose(value, ends[1][name], rtol=1e-4, atol=1e-5), name
+
+
+@needs_gpu
+def test_a_pair_that_went_elsewhere_and_came_back_is_read_where_it_is():
+    pair = vae().cuda()
+    svi = CompiledSVI(
+        pair.model, pair.guide, STEP, Trace_ELBO(max_plate_nesting=1), mode="captured"
+    )
+    x = torch.ones(5, 1, 8, 8, device="cuda")
+    svi.evaluate_loss(x)
+    pair.cpu()
+    torch.ones(10**6, device="cuda")  # where it lay
+    pair.cuda()
+    with torch.no_grad():
+        for each in pair.parameters():
+            each.zero_()
+    # Of probabilities one half, with q = p.
+    assert svi.evaluate_loss(x).item() == pytest.approx(5 * 64 * math.log(2), rel=1e-5)
 
 
 @needs_gpu

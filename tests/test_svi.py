@@ -312,6 +312,21 @@ def test_a_tensor_given_twice_is_two_arguments(mode):
     assert len(svi._runs) == 1
 
 
+@pytest.mark.parametrize("mode", ["eager", "captured", "compiled"])
+def test_one_gradient_of_two_parameters_is_two_tensors(mode):
+    def model(x):
+        loc = pyro.param("one", torch.zeros(3)) + pyro.param("other", torch.ones(3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
+
+    svi = CompiledSVI(model, nothing, STEP, Trace_ELBO(max_plate_nesting=1), mode=mode)
+    svi.loss_and_grads(X)
+    one, other = (each.grad for each in svi._parameters.values())
+    assert torch.equal(one, (1 - X).sum(0))
+    one.zero_()  # as clipping writes to it
+    assert torch.equal(other, (1 - X).sum(0))
+
+
 @pytest.mark.parametrize("mode", ["eager", "captured"])
 def test_its_steps_are_those_of_pyro(mode):
     ends = []
