@@ -365,7 +365,7 @@ def write(text, page, marks):
     """Put a text between the two marks on a page."""
     first, last = marks
     before, rest = page.read_text().split(first)
-    _, after = rest.split(last)
+    after = rest.split(last, 1)[1]  # others on the page may end alike
     page.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}")
 
 
