@@ -63,9 +63,8 @@ class Graph:
         """The one GPU that all is computed on, but for numbers that the program writes down."""
         numbers, devices = set[fx.Node](), set[torch.device]()
         for node in self.module.graph.nodes:
-            places = {
-                each.device for each in tree_leaves(node.meta.get("val")) if _is_tensor(each)
-            }
+            made = tree_leaves(node.meta.get("val"))
+            places = {each.device for each in made if isinstance(each, Tensor)}
             if {place.type for place in places} == {"cpu"} and _written_down(node, numbers):
                 numbers.add(node)
             elif node.target in _COPIES and not numbers.isdisjoint(node.all_input_nodes):
@@ -187,7 +186,7 @@ def capture(
     module.graph.eliminate_dead_code()
     _place(module)
     held = _lift(module)
-    return _joined(Graph(module, held, _changed(module, held)), inputs)
+    return _moved(Graph(module, held, _changed(module, held)), inputs)
 
 
 class _Recording(TorchFunctionMode):
@@ -302,7 +301,7 @@ def _place(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _joined(graph: Graph, inputs: Sequence[Tensor]) -> Graph:
+def _moved(graph: Graph, inputs: Sequence[Tensor]) -> Graph:
     """The graph with the numbers that the programs hold on the CPU brought to their GPU."""
     places = {each.device for each in (*inputs, *graph.held) if each.device.type == "cuda"}
     if len(places) != 1:
@@ -398,10 +397,6 @@ def _log1p(x: Tensor) -> Tensor:
     """
     y = 1 + x
     return y.log() + torch.where((x.abs() < 1), (x - (y - 1)) / y, 0.0)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _located(error: BaseException) -> str:

@@ -312,8 +312,8 @@ def joined() -> Iterator[Ranks]:
     if alone or distributed.is_initialized():
         yield Ranks.here()
         return
-    # Its functions' defaults are the group that there is when it is first imported, by inductor
-    # for one. Made before, they keep none alive, whose threads would live to the exit of Python.
+    # Functions there have the group that exists at their first import as a default, and so keep
+    # it and its threads alive to the exit of Python. Imported now, before it exists, they do not.
     importlib.import_module("torch.distributed.nn.functional")
     backend = "gloo"
     if torch.cuda.is_available():

@@ -13,7 +13,6 @@ from pyro.infer import Trace_ELBO
 from test_svi import ELBOS, ILL, PROGRAMS, STEP, Noisy, X, _store
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import Adam
 
 from pyro_vae import (
     MLP,
@@ -29,7 +28,6 @@ from pyro_vae import (
 )
 from pyro_vae.capture import _dense
 from pyro_vae.capture import capture as captured
-from pyro_vae.networks import BFloat16
 from pyro_vae.objectives import IWAE, BetaELBO
 from pyro_vae.replay import replayed
 
@@ -185,15 +183,6 @@ def test_floats_and_written_down_tensors_are_no_copies(replays):
 
 
 @needs_gpu
-@pytest.mark.usefixtures("gpu")
-def test_what_waits_for_the_gpu_is_not_recorded_and_is_right(replays):
-    loss = STEP, Trace_ELBO(max_plate_nesting=2)
-    svi = CompiledSVI(*PROGRAMS["discrete"](), *loss, mode="captured")
-    assert svi.step(X.cuda()).isfinite()
-    assert torch.randn(3).isfinite().all()  # the generator was not left recording
-
-
-@needs_gpu
 @pytest.mark.parametrize("particles", [1, 5])
 def test_no_step_of_an_epoch_waits_for_the_gpu(particles, digits, monkeypatch):
     epochs = []
@@ -240,25 +229,6 @@ def test_a_run_on_a_gpu_goes_on_bit_for_bit(digits, tmp_path):
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-@needs_gpu
-def test_bfloat16_networks_train_as_well(digits):
-    ends = []
-    for wrap in (lambda network: network, BFloat16):
-        pyro.set_rng_seed(0)
-        pair = VAE(
-            priors.Normal(2),
-            likelihoods.Bernoulli(wrap(MLP(2, [64], (1, 8, 8)))),
-            posteriors.Normal(wrap(MLP((1, 8, 8), [64], (2, 2)))),
-        )
-        rows = fit(
-            pair.cuda(), digits, epochs=30, batch_size=100, progress=False,
-            optimizer=partial(Adam, lr=3e-3), mode="compiled",
-        )  # fmt: skip
-        ends.append(rows[-1]["elbo"])
-    # The validation bound of the digits after as many epochs varies by .3 from seed to seed.
-    assert ends[1] == pytest.approx(ends[0], abs=1.5)
-
-
 # What a CPU can show
 
 
@@ -284,6 +254,7 @@ def on_gpu():
         (lambda x: x.sum() * torch.zeros(()), True),
         (lambda x: x.sum() * torch.rand(()), False),
         (lambda x: x.sum() + torch.ones(3).bernoulli(0.5).sum(), False),
+        (lambda x: x.sum() * x.cpu().sum(), False),
     ],
 )
 def test_numbers_written_down_leave_a_program_on_its_gpu(function, whole):
