@@ -417,6 +417,22 @@ def test_appendix_f_pays_for_the_weights(tmp_path):
     assert whole[-1] > whole[0] + 2
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("figure2_lower_bound", ["--data", "FreyFace", "--latents", "5"]),
+        ("figure3_marginal_likelihood", ["--rows", "1000"]),
+        ("appendix_f_full_vb", []),
+        ("iwae_table", ["--seeds", "0", "--k", "5"]),
+        ("vampprior_table", ["--seeds", "0"]),
+    ],
+)
+def test_a_script_of_the_paper_runs_on_a_gpu(script, options, tmp_path):
+    rows, _ = rows_of(script, tmp_path, "--device", "cuda", *options)
+    assert {row["device"] for row in rows} == {"cuda"}
+
+
 def test_the_tables_after_the_paper_are_paired(tmp_path):
     options = ["--seeds", "0", "1"]
     rows, printed = rows_of("iwae_table", tmp_path / "iwae", *options, "--k", "1", "5")

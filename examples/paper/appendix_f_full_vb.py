@@ -51,7 +51,7 @@ class Inferred(nn.Module):
             for name, loc in zip(self.names, self.loc, strict=True)
         }
         with self.plate(x):
-            z = pyro.sample("z", dist.Normal(torch.zeros(LATENT), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(LATENT), 1.0).to_event(1))
             logits = functional_call(self.network, weights, (z,))
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(x.dim() - 1), obs=x)
 
@@ -74,7 +74,8 @@ class Inferred(nn.Module):
             network.parameters(), self.loc, self.log_scale, strict=True
         ):
             weight.copy_(dist.Normal(loc, log_scale.exp()).sample())
-        return VAE(priors.Normal(LATENT), likelihoods.Bernoulli(network), self.posterior)
+        prior = priors.Normal(LATENT).to(self.loc[0].device)
+        return VAE(prior, likelihoods.Bernoulli(network), self.posterior)
 
     @torch.no_grad()
     def weights_kl(self):
@@ -126,6 +127,7 @@ def curve(method, splits, options, about):
         adam = {"weight_decay": protocol.BATCH / rows}
     else:
         pair, adam = Inferred(shape, rows, options.initial_scale), {}
+    pair.to(options.device)
     return [
         {
             **about,
@@ -135,6 +137,7 @@ def curve(method, splits, options, about):
             "value_nats": value,
             "seed": options.seed,
             "step_size": options.lr,
+            "device": options.device.type,
             "budget": round(options.samples),
         }
         for seen in train(pair, splits["train"], options, method, **adam)

@@ -59,14 +59,15 @@ def moved(vae, x, z, step):
 
 def monte_carlo_em(vae, _, split, *, samples, lr, seed, points, title, begun=None):
     """Appendix E: move the latents of a minibatch, then update the weights at them."""
-    optimizer = protocol.adagrad(len(split), lr)(list(vae.likelihood.parameters()))
+    optimizer = protocol.adagrad(vae.likelihood.parameters(), len(split), lr)
     x, order = split.batch()[0], torch.Generator().manual_seed(seed)
     if begun:
         seen, step, chains, queue = (begun[key] for key in ("seen", "step", "chains", "queue"))
+        chains = chains.to(x.device)
         optimizer.load_state_dict(begun["optimizer"])
         order.set_state(begun["order"])
     else:
-        seen, step, chains = 0, 0.1, torch.randn(len(split), LATENT)
+        seen, step, chains = 0, 0.1, torch.randn(len(split), LATENT, device=x.device)
         queue = torch.empty(0, dtype=torch.long)
     with protocol.progress(samples, title, seen) as bar, pyro.validation_enabled(False):
         for point in protocol.ends(samples, points, seen):

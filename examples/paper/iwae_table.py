@@ -55,7 +55,7 @@ def train(vae, k, split, stages, options):
     steps = len(split) // BATCH
     budget = steps * sum(3**i for i in range(stages))
     svi = CompiledSVI(vae.model, vae.guide, adam, IWAE(k), mode=mode_for(budget))
-    order = torch.Generator().manual_seed(options.seed)
+    order = torch.Generator(options.device).manual_seed(options.seed)
     with tqdm(total=budget, desc=f"k = {k}, seed {options.seed}", mininterval=10) as bar:
         for stage in range(stages):
             for _ in range(3**stage):
@@ -73,6 +73,7 @@ def evaluated(vae, split, options):
     draws = 100 if options.small else 5000
     estimate = log_likelihood(vae.eval(), test, samples=draws)
     return {
+        "device": options.device.type,
         "draws": draws,
         "value_nats": estimate.mean,
         "standard_error": estimate.standard_error,
@@ -135,7 +136,7 @@ def main():
             continue
         data = protocol.load("static", options)
         pyro.set_rng_seed(seed)
-        vae = build(data.shape, data.train.mean())
+        vae = build(data.shape, data.train.mean().cpu()).to(options.device)
         rows = [
             {**about, "method": f"k = {k}", "stages": stage, "budget": stages}
             | evaluated(vae, data.test, options)

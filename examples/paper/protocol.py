@@ -29,6 +29,7 @@ from pyro_vae import MLP, VAE, CompiledSVI, bound, data, likelihoods, posteriors
 from pyro_vae.checkpoints import keep, newest, restore, save
 from pyro_vae.identity import generators, set_generators
 from pyro_vae.objectives import Trace_ELBO, WakeSleep
+from pyro_vae.runs import device_of
 from pyro_vae.svi import mode_for
 
 FOLDER = Path(__file__).parent
@@ -63,6 +64,7 @@ def arguments(about, samples):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--initial-scale", type=float, default=0.01, help="of all weights")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--small", action="store_true", help="embedded digits, for a trial")
     parser.add_argument("--report", action="store_true", help="only write figures and README.md")
     parser.add_argument("--out", type=Path, default=FOLDER / "results")
@@ -79,22 +81,32 @@ def ready(parser):
             value = getattr(options, name, most)
             setattr(options, name, most if value is None else min(value, most))
     torch.set_num_threads(options.threads)
+    try:
+        options.device = device_of(options.device)
+    except ValueError as error:
+        parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     return options
 
 
 def load(binarisation, options):
-    """The data of that name; in a trial, the embedded digits in its guise."""
+    """The data of that name on the device; in a trial, the embedded digits in their guise."""
     name, how, view = DATA[binarisation]
-    if not options.small:
-        return data.load(name, directory=options.data_dir, view=view, **how)
-    return data.load("digits", validation=0, view=data.threshold if name.endswith("t") else view)
+    if options.small:
+        view = data.threshold if name == "binarized-mnist" else view
+        name, how = "digits", {"validation": 0}
+    return placed(data.load(name, directory=options.data_dir, view=view, **how), options)
+
+
+def placed(splits, options):
+    """The same data on the device."""
+    return splits.map(lambda part: part.to(options.device))
 
 
 def some(split, count):
     """Some rows of a split, drawn at random and always the same."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-    return split[order[:count].sort().values]
+    return split[order[:count].sort().values.to(split.x.device)]
 
 
 class LogVariance(nn.Module):
@@ -131,17 +143,20 @@ def initialised(module, scale):
     return module
 
 
-def adagrad(rows, lr):
+def adagrad(parameters, rows, lr):
     """Adagrad on the bound of a minibatch and its share M/N of log N(weights; 0, I).
 
     The paper scales the minibatch by N/M instead, by which Adagrad divides again.
     """
-    return partial(torch.optim.Adagrad, lr=lr, weight_decay=BATCH / rows, fused=True)
+    parameters = list(parameters)
+    fused = True if parameters[0].device.type == "cpu" else None  # which torch has there alone
+    decay = BATCH / rows
+    return torch.optim.Adagrad(parameters, lr=lr, weight_decay=decay, fused=fused)
 
 
 def batches(split, seed):
     """Minibatches without end, in a new order each time through."""
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator(split.x.device).manual_seed(seed)
     while True:
         for batch in split.batches(BATCH, order, shuffle=True):
             if len(batch[0]) == BATCH:
@@ -165,7 +180,7 @@ def train(pair, objective, split, *, samples, lr, seed, points=POINTS, title="",
     Raises:
         FloatingPointError: The loss is not finite.
     """
-    optimizer = adagrad(len(split), lr)(list(pair.parameters()))
+    optimizer = adagrad(pair.parameters(), len(split), lr)
     mode = mode_for(int(samples) // BATCH)
     svi = CompiledSVI(pair.model, pair.guide, lambda _: optimizer, objective, mode=mode)
     seen = 0
@@ -198,7 +213,7 @@ def progress(samples, title, seen=0):
 
 def elbo(pair, split):
     """The bound in nats per datum and its standard error, one draw of z for each datum."""
-    order = torch.Generator().manual_seed(0)  # the binarisation is always the same
+    order = torch.Generator(split.x.device).manual_seed(0)  # one binarisation, always the same
     summary = bound(pair.eval(), split.batches(1000, order)).summary()
     return summary["elbo"], summary["standard_error"]
 
@@ -208,7 +223,7 @@ def step_size(make, objective, split, seed, *, first=FIRST, value=elbo, run=trai
     found = {}
     for lr in STEP_SIZES:
         pyro.set_rng_seed(seed)
-        pair = make()
+        pair = make().to(split.x.device)
         try:
             options = {"samples": first, "lr": lr, "seed": seed, "title": f"step size {lr}"}
             for _ in run(pair, objective(), split, points=[], **options):
@@ -248,10 +263,10 @@ def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, ru
         how = {"first": first, "value": value, "run": run}
         before["lr"] = step_size(make, objective, train, options.seed, **how)
     pyro.set_rng_seed(options.seed)
-    pair, rows, lr = make(), before["rows"], before["lr"]
+    pair, rows, lr = make().to(options.device), before["rows"], before["lr"]
     if before["run"]:
         pair.load_state_dict(before["weights"])
-        set_generators(before["generators"], torch.device("cpu"))
+        set_generators(before["generators"], options.device)
     how = {"samples": options.samples, "lr": lr, "seed": options.seed, "points": points}
     how["title"] = f"{about['panel']}, {method}, {about['binarisation']}"
     for seen, state in run(pair, objective(), train, begun=before["run"], **how):
@@ -259,12 +274,12 @@ def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, ru
             nats, error = value(pair, some(split, 10_000))
             row = {**about, "method": method, "split": name, "training_samples": seen}
             row |= {"value_nats": nats, "standard_error": error, "seed": options.seed}
-            row |= {"initial_scale": options.initial_scale}
+            row |= {"initial_scale": options.initial_scale, "device": options.device.type}
             row |= {"step_size": lr, "budget": round(options.samples)}
             rows.append({**row, "seconds": round(time.perf_counter() - began, 1)})
         now = {"rows": rows, "seconds": rows[-1]["seconds"], "lr": lr, "run": state}
         now["weights"] = dict(pair.state_dict())
-        keep(folder, seen, {**now, "generators": generators(torch.device("cpu"))})
+        keep(folder, seen, {**now, "generators": generators(options.device)})
     shutil.rmtree(folder)
     return rows, pair
 
@@ -325,7 +340,7 @@ def trained(latent, hidden, options, *, panel, binarisation):
         parts = {"train": splits.train}
         pair = curve(make, "AEVB", parts, options, about=about, points=[])[1]
         save(pair, file)
-    return pair.eval()
+    return pair.cpu().eval()
 
 
 def published():
@@ -399,10 +414,11 @@ def table(rows, *, figure, at, split="test"):
         cells = [
             f"{number(ours.get(n))} / {number(paper.get(n))}" if n in ours else "" for n in at
         ]
-        hours = max(row["seconds"] for row in own) / 3600
+        hours = f"{max(row['seconds'] for row in own) / 3600:.2f}"
+        hours += " (GPU)" if own[0].get("device") == "cuda" else ""
         lines.append(
             f"| {panel} | {method} | {binarisation} | {scale} | {seed} | {own[0]['step_size']} "
-            f"| {hours:.2f} | {' | '.join(cells)} |"
+            f"| {hours} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
 

@@ -44,7 +44,7 @@ def build(prior, x):
 def run(prior, seed, splits, options):
     """Train one of them, and return its row."""
     pyro.set_rng_seed(seed)
-    vae = build(prior, splits.train.batch()[0])
+    vae = build(prior, splits.train.batch()[0].cpu()).to(options.device)
     metrics = fit(
         vae,
         splits,
@@ -62,6 +62,7 @@ def run(prior, seed, splits, options):
         "method": prior,
         "seed": seed,
         "binarisation": "static",
+        "device": options.device.type,
         "budget": options.epochs,
         "passes": len(metrics),
         "draws": draws,
@@ -109,7 +110,7 @@ def main():
     for seed, prior in [] if options.report else wanted:
         if results.has(method=prior, seed=seed, budget=options.epochs):
             continue
-        splits = load(options)
+        splits = protocol.placed(load(options), options)
         results.add([run(prior, seed, splits, options)])
     report(results, options)
 
