@@ -133,7 +133,7 @@ def environment(threads, cache, *, pinned):
 
 def start(name, size, options):
     """Start a contender cold, then warm, and return the warm one with its times; or None."""
-    once = options.small or options.linear  # where start-up is not the question
+    once = options.small or options.linear or options.once  # where start-up is not the question
     cache = options.scratch if once else tempfile.mkdtemp(dir=options.scratch)
     try:
         cold = warm = Process(name, size, options, cache)
@@ -148,7 +148,7 @@ def start(name, size, options):
             raise
         say(f"{name} is left out, since it cannot start: {error}")
         return None
-    warm.times = {"cold": cold.times, "warm": warm.times}
+    warm.times = {"cold": cold.times} if once else {"cold": cold.times, "warm": warm.times}
     return warm
 
 
@@ -230,15 +230,15 @@ def table(size, rows):
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        step = value(row, "step")
+        step, epoch = value(row, "step"), value(row, "epoch")
         cells = [
             shown(step),
             f"{1e3 * row['batch'] / step:,.0f}",
             shown(ratio(rows, name, "floor", "step")),
             shown(ratio(rows, OURS, name, "step")),
-            shown(value(row, "epoch"), 1),
+            shown(epoch, 1 if epoch and epoch >= 1 else 2),
             shown(ratio(rows, OURS, name, "epoch")),
-            f"{row['start']['cold']['stepped']:.1f} / {row['start']['warm']['stepped']:.1f}",
+            " / ".join(f"{times['stepped']:.1f}" for times in row["start"].values()),
             f"{value(row, 'memory'):.0f}",
             shown(row["loss"], 1),
         ]
@@ -267,6 +267,8 @@ def promises(results):
             bare = [1e3 * epoch / (steps * step) for epoch, step in pairs]
             add("epoch, to our own bare steps", statistics.median(bare), 1.05)
         for how, most in (("cold", 15), ("warm", 5)):
+            if how not in ours["start"]:
+                continue
             add(f"start-up, {how}", ours["start"][how]["stepped"], most, " s")
     return "\n".join(lines) if len(lines) > 2 else ""
 
@@ -382,7 +384,7 @@ def draw(results):
         names, values = list(rows), [value(row, "step") for row in rows.values()]
         ours = [name.startswith(OURS) for name in names]
         bars = axes.barh(names, values, color=["C1" if own else "C0" for own in ours])
-        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+        axes.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_title(f"{size}: milliseconds per step", fontsize=9, loc="left")
@@ -442,6 +444,7 @@ def arguments():
     parser.add_argument("--epochs", type=int, default=5, help="epochs that are timed; 0 for none")
     parser.add_argument("--threads", type=int, default=2, help="threads, alike for all")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--once", action="store_true", help="only one start of each, a cold one")
     parser.add_argument("--linear", action="store_true", help="growth in draws and data instead")
     parser.add_argument("--small", action="store_true", help="random images, for a trial")
     parser.add_argument("--report", action="store_true", help="only print what --out holds")

@@ -11,6 +11,8 @@ from contenders import Contender, mnist
 
 __all__ = ["NumPyro", "threads"]
 
+jax.config.update("jax_default_matmul_precision", "float32")  # torch's, and not a GPU's TF32
+
 
 def threads(count):
     """XLA takes the cores that the process may use."""
