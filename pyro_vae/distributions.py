@@ -95,7 +95,18 @@ class Mixture(dist.MixtureSameFamily):
 
 
 class Bernoulli(dist.Bernoulli):
-    """A Bernoulli whose elements, declared as event, are quick to score without a gradient."""
+    """A Bernoulli whose elements, declared as event, are quick to score without a gradient.
+
+    Where a probability is no number the draw is none either; `torch.bernoulli` would end the
+    process on a GPU.
+    """
+
+    @override
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        probs = self.probs.expand(self._extended_shape(torch.Size(sample_shape)))
+        drawn = torch.rand(probs.shape, device=probs.device) < probs
+        return drawn.to(probs.dtype).where(~probs.isnan(), probs)
 
     @override
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Any:

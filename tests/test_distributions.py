@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pyro_vae.distributions import ContinuousBernoulli
+from pyro_vae.distributions import Bernoulli, ContinuousBernoulli
 
 SIZES = [0.0, 1e-4, 1e-2, 0.1999, 0.2001, 1.0, 5.0, 15.0, 20.0, 30.0, 100.0, 1000.0]
 LOGITS = [sign * size for size in SIZES for sign in (1, -1)]
@@ -101,3 +101,18 @@ def test_draws_of_a_continuous_bernoulli_do_not_jump_with_its_logit():
             draws.append(float(ContinuousBernoulli(logit).rsample()))
         assert np.abs(np.diff(draws)).max() < 0.05
         assert sorted(draws) == draws
+
+
+@BOTH
+def test_a_bernoulli_draws_ones_as_often_as_it_says_and_no_number_from_none(dtype):
+    probs = torch.tensor([0.0, 0.001, 0.3, 0.9, 1.0, torch.nan], dtype=dtype)
+    drawn = Bernoulli(probs, validate_args=False).to_event(1).sample((40_000,))
+    assert drawn.dtype == dtype
+    assert drawn[:, 5].isnan().all()
+    assert set(drawn[:, :5].unique().tolist()) == {0.0, 1.0}
+    ones = drawn[:, :5].sum(0).tolist()
+    assert ones[0] == 0
+    assert ones[4] == 40_000
+    # Three two-sided tests at 1e-6 each, of one seed.
+    for count, prob in zip(ones[1:4], probs[1:4].tolist(), strict=True):
+        assert stats.binomtest(int(count), 40_000, prob).pvalue > 1e-6
