@@ -133,8 +133,9 @@ def environment(threads, cache, *, pinned):
 
 def start(name, size, options):
     """Start a contender cold, then warm, and return the warm one with its times; or None."""
-    once = options.small or options.linear or options.once  # where start-up is not the question
-    cache = options.scratch if once else tempfile.mkdtemp(dir=options.scratch)
+    shared = options.small or options.linear  # where start-up is not the question
+    once = shared or options.once
+    cache = options.scratch if shared else tempfile.mkdtemp(dir=options.scratch)
     try:
         cold = warm = Process(name, size, options, cache)
         if not once:
@@ -221,9 +222,9 @@ def shown(number, digits=2):
 
 def table(size, rows):
     """Markdown of one size."""
-    rounds = len(next(iter(rows.values()))["steps"])
+    rounds, epochs = (max(len(row[kind]) for row in rows.values()) for kind in ("steps", "epochs"))
     lines = [
-        f"**{size}**: {SIZES[size].about}; medians of {rounds} rounds.",
+        f"**{size}**: {SIZES[size].about}; medians of {rounds} rounds and {epochs} epochs.",
         "",
         "| contender | ms per step | images per s | to the floor | ours to it | s per epoch "
         "| ours to it | start-up, cold / warm, s | peak, MiB | loss |",
@@ -449,8 +450,10 @@ def arguments():
     parser.add_argument("--small", action="store_true", help="random images, for a trial")
     parser.add_argument("--report", action="store_true", help="only print what --out holds")
     parser.add_argument("--readme", action="store_true", help="write the report into README.md")
-    parser.add_argument("--out", type=Path, default=FOLDER / "results")
+    parser.add_argument("--out", type=Path, help="folder of results (default: results/ here)")
     options = parser.parse_args()
+    if options.out is None:  # a trial leaves the results alone
+        options.out = Path(tempfile.mkdtemp()) if options.small else FOLDER / "results"
     options.warmup, options.draws, options.parts = WARMUP, DRAWS, PARTS
     if options.sizes is None:
         options.sizes = [k for k, size in SIZES.items() if size.device in ("", options.device)]
