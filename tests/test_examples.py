@@ -374,11 +374,13 @@ def test_a_curve_that_is_stopped_goes_on_as_if_it_had_not_been(
         monkeypatch.setattr(sys, "argv", words)
         options = protocol.ready(protocol.arguments("A trial.", 3000))
         data = protocol.load("static", options)
-        rows, pair = protocol.curve(
+        found = []
+        protocol.curve(
             lambda: script.make(method, data.shape, 0.01), method, {"train": data.train}, options,
             about={"figure": "", "panel": "trial", "binarisation": "static"},
-            points=[500, 1000, 2000], run=run,
+            points=[500, 1000, 2000], run=run, keep=lambda *given: found.extend(given),
         )  # fmt: skip
+        rows, pair = found
         assert not list(options.out.glob("unfinished/*"))
         return [row.pop("seconds") for row in rows], rows, pair.state_dict()
 
@@ -407,6 +409,16 @@ def test_figures_4_and_5_are_drawn_from_weights_that_are_kept(tmp_path):
     run("paper/figure4_manifold.py", tmp_path, *options)
     assert len(list(tmp_path.glob("figure4_*.png"))) == 2
     assert [each.stat().st_mtime_ns for each in kept] == times  # the one with 2 latents, too
+
+
+def test_a_trial_leaves_the_results_alone(tmp_path):
+    kept = {each: each.read_bytes() for each in EXAMPLES.glob("paper/results/*.json")}
+    page = (EXAMPLES / "paper" / "README.md").read_text()
+    options = ["--small", "--samples", "500", "--data", "FreyFace", "--latents", "2"]
+    printed = run("paper/figure2_lower_bound.py", tmp_path, *options, "--methods", "AEVB")
+    assert printed.count("| FreyFace Nz=2 |") == 1
+    assert {each: each.read_bytes() for each in EXAMPLES.glob("paper/results/*.json")} == kept
+    assert (EXAMPLES / "paper" / "README.md").read_text() == page
 
 
 def test_appendix_f_pays_for_the_weights(tmp_path):

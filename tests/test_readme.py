@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import shutil
+import sys
 import textwrap
 from pathlib import Path
 
@@ -100,12 +102,37 @@ def test_the_gain_of_doubly_reparameterised_gradients_is_that_of_the_results():
     assert f"{min(gains):.1f} to {max(gains):.1f} times as strong" in page
 
 
-def test_the_tables_of_speed_are_those_of_the_results(monkeypatch):
+@pytest.mark.parametrize("name", ["speed", "speed_gpu"])
+def test_the_tables_of_speed_are_those_of_the_results(name, monkeypatch):
     folder = ROOT / "examples" / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
-    results = json.loads((folder / "results" / "speed.json").read_text())
+    results = json.loads((folder / "results" / f"{name}.json").read_text())
     report = importlib.import_module("speed").report(results)
     assert report in (folder / "README.md").read_text()
+
+
+PAPER = [
+    "figure2_lower_bound",
+    "figure3_marginal_likelihood",
+    "figure4_manifold",
+    "figure5_samples",
+    "appendix_f_full_vb",
+    "iwae_table",
+    "vampprior_table",
+]
+
+
+@pytest.mark.parametrize("script", PAPER)
+def test_the_sections_of_the_paper_are_those_of_the_results(script, monkeypatch, capsys, tmp_path):
+    folder = ROOT / "examples" / "paper"
+    monkeypatch.syspath_prepend(str(folder))
+    shutil.copytree(folder / "results", tmp_path / "results")
+    words = [script, "--report", "--threads", "1", "--out", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", words)
+    importlib.import_module(script).main()
+    printed = capsys.readouterr().out.strip()
+    none = f"there are no results in {tmp_path / 'results'}"
+    assert printed == none or printed in (folder / "README.md").read_text()
 
 
 def test_the_tables_of_scale_and_of_processes_are_those_of_the_results(monkeypatch):

@@ -22,9 +22,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.func import functional_call
 
-from pyro_vae import VAE, CompiledSVI, likelihoods, priors
+from pyro_vae import VAE, likelihoods, priors
 from pyro_vae.objectives import Trace_ELBO
-from pyro_vae.svi import mode_for
 from pyro_vae.vae import declare
 
 LATENT, HIDDEN, ROWS, DRAWS = 3, 100, 1000, 10
@@ -86,25 +85,6 @@ class Inferred(nn.Module):
         )
 
 
-def train(pair, split, options, title, **adam):
-    """Train by Adam, and yield the numbers of samples at which to evaluate."""
-    svi = CompiledSVI(
-        pair.model,
-        pair.guide,
-        partial(torch.optim.Adam, lr=options.lr, **adam),
-        Trace_ELBO(max_plate_nesting=1),
-        mode=mode_for(int(options.samples) // protocol.BATCH),
-    )
-    stream, seen = protocol.batches(split, options.seed), 0
-    with protocol.progress(options.samples, title) as bar:
-        for point in protocol.ends(options.samples, protocol.POINTS):
-            while seen < point:
-                svi.step(*next(stream))
-                seen += protocol.BATCH
-                bar.update(protocol.BATCH)
-            yield seen
-
-
 def values(pair, splits):
     """The bound of each split by its name, and where there is q(w), of the weights as well."""
     inferred = isinstance(pair, Inferred)
@@ -128,30 +108,34 @@ def curve(method, splits, options, about):
     else:
         pair, adam = Inferred(shape, rows, options.initial_scale), {}
     pair.to(options.device)
+    run = protocol.train(
+        pair,
+        Trace_ELBO(max_plate_nesting=1),
+        splits["train"],
+        samples=options.samples,
+        seed=options.seed,
+        make=partial(torch.optim.Adam, lr=options.lr, **adam),
+        title=method,
+    )
+    about = {**about, "method": method, "device": options.device.type}
     return [
-        {
-            **about,
-            "method": method,
-            "split": name,
-            "training_samples": seen,
-            "value_nats": value,
-            "seed": options.seed,
-            "step_size": options.lr,
-            "device": options.device.type,
-            "budget": round(options.samples),
-        }
-        for seen in train(pair, splits["train"], options, method, **adam)
+        {**about, "split": name, "training_samples": seen, "value_nats": value}
+        for seen, _ in run
         for name, value in values(pair, splits).items()
     ]
 
 
 def report(results, options):
     """The picture, and a table of the ends of the curves."""
+    if not results.rows:
+        protocol.write("appendix_f", "", options)
+        return
     picture = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = picture.subplots()
     lines = ["| method | split | best | at samples | at the end |", "|---|---|---|---|---|"]
     for color, method in enumerate(METHODS):
-        rows = [row for row in results.rows if row["method"] == method]
+        rows = protocol.chosen(results.rows, options)
+        rows = [row for row in rows if row["method"] == method]
         for split, style in (("train", "--"), ("test", "-"), ("train, with weights", ":")):
             points = protocol.line(rows, split=split)
             if not points:
@@ -180,8 +164,10 @@ def main():
     options = protocol.ready(parser)
     results = protocol.Results(options.out / "appendix_f.json")
     about = {"figure": "F", "panel": f"Ntrain={ROWS}", "binarisation": "static"}
+    about |= {"seed": options.seed, "initial_scale": options.initial_scale}
+    about |= {"step_size": options.lr, "budget": round(options.samples)}
     for method in [] if options.report else METHODS:
-        if results.has(**about, method=method, seed=options.seed, budget=options.samples):
+        if results.has(**about, method=method):
             continue
         data = protocol.load("static", options)
         splits = {"train": protocol.some(data.train, ROWS), "test": data.test}

@@ -41,17 +41,16 @@ def wanted(options):
 
 def report(results, options):
     """The pictures, the table of ours beside the published values, and the order of methods."""
+    chosen = protocol.chosen(results.rows, options)
     for name in HIDDEN:
-        rows = [row for row in results.rows if row["panel"].startswith(name)]
-        rows = [row for row in rows if row["initial_scale"] == options.initial_scale]
-        if rows:
+        if rows := [row for row in chosen if row["panel"].startswith(name)]:
             picture = protocol.draw(rows, PANELS, figure="2", primary=PRIMARY.values())
             FigureCanvasAgg(picture).print_png(str(options.out / f"figure2_{name}.png"))
     parts = [
         protocol.table(results.rows, figure="2", at=AT),
-        protocol.ordered(results.rows, figure="2", primary=PRIMARY.values()),
+        protocol.ordered(chosen, figure="2", primary=PRIMARY.values()),
     ]
-    protocol.write("figure2", "\n\n".join(parts), options)
+    protocol.write("figure2", "\n\n".join(part for part in parts if part), options)
 
 
 def main():
@@ -76,9 +75,13 @@ def main():
             protocol.build, binarisation, data.shape, latent, hidden, options.initial_scale
         )
         splits = {"train": data.train, "test": data.test}
-        rows, pair = protocol.curve(make, method, splits, options, about=about)
-        save(pair, protocol.weights(options, panel, method, binarisation))
-        results.add(rows)
+        file = protocol.weights(options, panel, method, binarisation)
+
+        def keep(rows, pair, file=file):
+            save(pair, file)
+            results.add(rows)
+
+        protocol.curve(make, method, splits, options, about=about, keep=keep)
     report(results, options)
 
 

@@ -120,9 +120,12 @@ def held_against(vae, split, count):
 
 def report(results, checks, options):
     """The picture, and the tables."""
-    if results.rows:
-        picture = protocol.draw(results.rows, PANELS, figure="3", primary=["static"], columns=2)
-        FigureCanvasAgg(picture).print_png(str(options.out / "figure3.png"))
+    if not results.rows:
+        protocol.write("figure3", "", options)
+        return
+    chosen = protocol.chosen(results.rows, options)
+    picture = protocol.draw(chosen, PANELS, figure="3", primary=["static"], columns=2)
+    FigureCanvasAgg(picture).print_png(str(options.out / "figure3.png"))
     parts = [
         f"*{split}*\n\n{protocol.table(results.rows, figure='3', at=POINTS, split=split)}"
         for split in ("test", "train")
@@ -137,8 +140,8 @@ def report(results, checks, options):
             f"| {row['appendix_d']:.2f} | {row['monte_carlo_error']:.2f} "
             f"| {row['within_3_errors']:.0%} of {row['images']} |"
         )
-    parts.append(protocol.ordered(results.rows, figure="3", primary=["static"]))
-    protocol.write("figure3", "\n\n".join([*parts, "\n".join(lines)]), options)
+    parts += [protocol.ordered(chosen, figure="3", primary=["static"]), "\n".join(lines)]
+    protocol.write("figure3", "\n\n".join(part for part in parts if part), options)
 
 
 def main():
@@ -161,19 +164,16 @@ def main():
             continue
         data = protocol.load("static", options)
         splits = {"train": protocol.some(data.train, rows), "test": data.test}
-        how = {"value": partial(estimate, options.images), "about": about, "points": POINTS}
-        if method == "MCEM":
-            how["run"] = monte_carlo_em
-        curve, vae = protocol.curve(
-            partial(make, method, data.shape, options.initial_scale),
-            method,
-            splits,
-            options,
-            **how,
-        )
-        check = held_against(vae, data.test, options.checked)
-        checks.add([{**key, **check, "budget": round(options.samples)}])
-        results.add(curve)
+
+        def keep(curve, vae, key=key, test=data.test):
+            check = held_against(vae, test, options.checked)
+            checks.add([{**key, **check, "budget": round(options.samples)}])
+            results.add(curve)
+
+        how = {"value": partial(estimate, options.images), "points": POINTS, "keep": keep}
+        how["run"] = monte_carlo_em if method == "MCEM" else protocol.train
+        begin = partial(make, method, data.shape, options.initial_scale)
+        protocol.curve(begin, method, splits, options, about=about, **how)
     report(results, checks, options)
 
 

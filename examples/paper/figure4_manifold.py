@@ -34,7 +34,9 @@ def main():
             means = vae.decode(square(side)).mean
         file = options.out / f"figure4_{panel.split()[0]}.png"
         plots.save(plots.manifold(means, side), file)
-    pictures = [f"![{panel}](results/figure4_{panel.split()[0]}.png)" for panel in CASES]
+    files = {panel: f"figure4_{panel.split()[0]}.png" for panel in CASES}
+    files = {panel: file for panel, file in files.items() if (options.out / file).exists()}
+    pictures = [f"![{panel}](results/{file})" for panel, file in files.items()]
     protocol.write("figure4", "\n".join(pictures), options)
 
 

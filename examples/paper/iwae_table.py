@@ -11,18 +11,16 @@ number of active units. Differences are paired by seed. `--stages 8` is the full
 """
 
 import itertools
-import warnings
 from functools import partial
 
 import numpy as np
 import protocol
 import pyro
 import torch
-from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from pyro_vae import MLP, VAE, CompiledSVI, likelihoods, log_likelihood, posteriors, priors
+from pyro_vae import MLP, VAE, CompiledSVI, likelihoods, posteriors, priors
 from pyro_vae.diagnostics import decompose
 from pyro_vae.objectives import IWAE
 from pyro_vae.svi import mode_for
@@ -49,14 +47,14 @@ def build(shape, mean):
     return vae
 
 
-def train(vae, k, split, stages, options):
+def train(vae, k, split, stages, seed):
     """Train, and yield the number of each stage at its end."""
     adam = partial(torch.optim.Adam, lr=1e-3, eps=1e-4)
     steps = len(split) // BATCH
     budget = steps * sum(3**i for i in range(stages))
     svi = CompiledSVI(vae.model, vae.guide, adam, IWAE(k), mode=mode_for(budget))
-    order = torch.Generator(options.device).manual_seed(options.seed)
-    with tqdm(total=budget, desc=f"k = {k}, seed {options.seed}", mininterval=10) as bar:
+    order = torch.Generator(split.x.device).manual_seed(seed)
+    with tqdm(total=budget, desc=f"k = {k}, seed {seed}", mininterval=10) as bar:
         for stage in range(stages):
             for _ in range(3**stage):
                 for batch in split.batches(BATCH, order, shuffle=True):
@@ -69,25 +67,8 @@ def train(vae, k, split, stages, options):
 
 def evaluated(vae, split, options):
     """L_5000 on some images, and how many units are active."""
-    test = protocol.some(split, options.images)
-    draws = 100 if options.small else 5000
-    estimate = log_likelihood(vae.eval(), test, samples=draws)
-    return {
-        "device": options.device.type,
-        "draws": draws,
-        "value_nats": estimate.mean,
-        "standard_error": estimate.standard_error,
-        "active_units": decompose(vae, test, draws=10, particles=1).active,
-    }
-
-
-def interval(differences):
-    """Mean of some differences with a 95 % t-interval."""
-    mean = np.mean(differences)
-    if len(differences) < 2:
-        return f"{mean:+.2f}"
-    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+    active = decompose(vae, protocol.some(split, options.images), draws=10, particles=1).active
+    return {**protocol.likelihood(vae, split, options), "active_units": active}
 
 
 def report(results, options):
@@ -98,40 +79,33 @@ def report(results, options):
     ]
     cells = sorted({(row["stages"], row["k"]) for row in results.rows})
     for stages, k in cells:
-        own = {
-            n: {r["seed"]: r for r in results.rows if (r["stages"], r["k"]) == (stages, n)}
-            for n in (1, k)
-        }
-        seeds = sorted(own[k])
-        nats = np.mean([own[k][seed]["value_nats"] for seed in seeds])
-        units = np.mean([own[k][seed]["active_units"] for seed in seeds])
-        pairs = [
-            own[k][seed]["value_nats"] - own[1][seed]["value_nats"]
-            for seed in seeds
-            if seed in own[1]
-        ]
-        gain = interval(pairs) if k > 1 and pairs else ""
+        own, single = (
+            [row for row in results.rows if (row["stages"], row["k"]) == (stages, n)]
+            for n in (k, 1)
+        )
+        nats = np.mean([row["value_nats"] for row in own])
+        units = np.mean([row["active_units"] for row in own])
+        gain = protocol.gain(own, single) if k > 1 else ""
         published = "-{:.2f} ({})".format(*PUBLISHED[k])
         passes = sum(3**i for i in range(stages))
         lines.append(
-            f"| {k} | {passes} | {len(seeds)} | {nats:.2f} | {units:.1f} | {gain} | {published} |"
+            f"| {k} | {passes} | {len(own)} | {nats:.2f} | {units:.1f} | {gain} | {published} |"
         )
-    protocol.write("iwae", "\n".join(lines), options)
+    protocol.write("iwae", "\n".join(lines) if cells else "", options)
 
 
 def main():
-    parser = protocol.arguments(__doc__, None)
+    parser = protocol.arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--k", type=int, nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--stages", type=int, help="stages of the learning rate, 8 for all")
     parser.add_argument("--images", type=int, default=2000, help="test images for L_5000")
     options = protocol.ready(parser)
-    warnings.filterwarnings("ignore", "the importance weights")
     results = protocol.Results(options.out / "iwae_table.json")
     wanted = itertools.product(options.seeds, options.k)
     for seed, k in [] if options.report else wanted:
-        options.seed, stages = seed, options.stages or STAGES[k]
-        about = {"figure": "IWAE", "k": k, "binarisation": "static", "seed": seed}
+        stages = options.stages or STAGES[k]
+        about = {"figure": "IWAE", "k": k, "seed": seed}
         if results.has(**about, budget=stages):
             continue
         data = protocol.load("static", options)
@@ -140,7 +114,7 @@ def main():
         rows = [
             {**about, "method": f"k = {k}", "stages": stage, "budget": stages}
             | evaluated(vae, data.test, options)
-            for stage in train(vae, k, data.train, stages, options)
+            for stage in train(vae, k, data.train, stages, seed)
             if stage >= min(4, stages)
         ]
         results.add(rows)

@@ -9,30 +9,44 @@ its curves at 300,000 samples. What else it leaves open is chosen in `DATA` and 
 
 import argparse
 import csv
-import dataclasses
 import itertools
 import json
 import math
 import shutil
 import sys
+import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyro
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from pyro_vae import MLP, VAE, CompiledSVI, bound, data, likelihoods, posteriors, priors
-from pyro_vae.checkpoints import keep, newest, restore, save
+from pyro_vae import (
+    MLP,
+    VAE,
+    CompiledSVI,
+    bound,
+    checkpoints,
+    data,
+    likelihoods,
+    log_likelihood,
+    posteriors,
+    priors,
+)
 from pyro_vae.identity import generators, set_generators
 from pyro_vae.objectives import Trace_ELBO, WakeSleep
+from pyro_vae.optimizers import optimizer_of
 from pyro_vae.runs import device_of
 from pyro_vae.svi import mode_for
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 BATCH, STEP_SIZES, FIRST = 100, (0.01, 0.02, 0.1), 100_000
 # Where curves are evaluated: the numbers of samples of the digitised ones, and some between.
 POINTS = [
@@ -56,18 +70,19 @@ DATA = {
 }
 
 
-def arguments(about, samples):
-    """The parser of the options that all scripts have."""
+def arguments(about, samples=None):
+    """The parser of the options that all scripts have, with those of a curve and its budget."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--data-dir", help="folder of the data sets")
-    parser.add_argument("--samples", type=float, default=samples, help="training samples seen")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--initial-scale", type=float, default=0.01, help="of all weights")
+    if samples:
+        parser.add_argument("--samples", type=float, default=samples, help="training samples seen")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--initial-scale", type=float, default=0.01, help="of all weights")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--small", action="store_true", help="embedded digits, for a trial")
     parser.add_argument("--report", action="store_true", help="only write figures and README.md")
-    parser.add_argument("--out", type=Path, default=FOLDER / "results")
+    parser.add_argument("--out", type=Path, help="folder of results (default: results/ here)")
     return parser
 
 
@@ -78,29 +93,28 @@ def ready(parser):
         limits = {"samples": 20_000, "threads": 1, "images": 20, "checked": 2}
         limits |= {"stages": 2, "epochs": 2}
         for name, most in limits.items():
-            value = getattr(options, name, most)
+            value = getattr(options, name, None)
             setattr(options, name, most if value is None else min(value, most))
     torch.set_num_threads(options.threads)
     try:
         options.device = device_of(options.device)
     except ValueError as error:
         parser.error(str(error))
+    if options.out is None:  # a trial leaves the results alone
+        options.out = Path(tempfile.mkdtemp()) if options.small else FOLDER / "results"
+        print(f"results are kept in {options.out}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     return options
 
 
-def load(binarisation, options):
+def load(binarisation, options, **how):
     """The data of that name on the device; in a trial, the embedded digits in their guise."""
-    name, how, view = DATA[binarisation]
+    name, usual, view = DATA[binarisation]
     if options.small:
         view = data.threshold if name == "binarized-mnist" else view
-        name, how = "digits", {"validation": 0}
-    return placed(data.load(name, directory=options.data_dir, view=view, **how), options)
-
-
-def placed(splits, options):
-    """The same data on the device."""
-    return splits.map(lambda part: part.to(options.device))
+        name, usual = "digits", {"validation": 0}
+    found = data.load(name, directory=options.data_dir, view=view, **{**usual, **how})
+    return found.map(lambda part: part.to(options.device))
 
 
 def some(split, count):
@@ -149,7 +163,7 @@ def adagrad(parameters, rows, lr):
     The paper scales the minibatch by N/M instead, by which Adagrad divides again.
     """
     parameters = list(parameters)
-    fused = True if parameters[0].device.type == "cpu" else None  # which torch has there alone
+    fused = True if parameters[0].device.type == "cpu" else None  # not every torch has it on a GPU
     decay = BATCH / rows
     return torch.optim.Adagrad(parameters, lr=lr, weight_decay=decay, fused=fused)
 
@@ -163,7 +177,19 @@ def batches(split, seed):
                 yield batch
 
 
-def train(pair, objective, split, *, samples, lr, seed, points=POINTS, title="", begun=None):
+def train(
+    pair,
+    objective,
+    split,
+    *,
+    samples,
+    seed,
+    lr=None,
+    make=None,
+    points=POINTS,
+    title="",
+    begun=None,
+):
     """Train, and at each of the points yield the number of samples seen and what to go on from.
 
     Args:
@@ -171,8 +197,9 @@ def train(pair, objective, split, *, samples, lr, seed, points=POINTS, title="",
         objective: What is optimised.
         split: The training data.
         samples: How many training samples to see.
-        lr: Step size of Adagrad.
         seed: Seed of the order.
+        lr: Step size of Adagrad.
+        make: From parameters to another optimiser.
         points: Numbers of samples at which to stop for a while.
         title: Of the bar.
         begun: What was yielded last by the run that this one goes on with.
@@ -180,7 +207,8 @@ def train(pair, objective, split, *, samples, lr, seed, points=POINTS, title="",
     Raises:
         FloatingPointError: The loss is not finite.
     """
-    optimizer = adagrad(pair.parameters(), len(split), lr)
+    make = make or partial(adagrad, rows=len(split), lr=lr)
+    optimizer = optimizer_of(make, [each for each in pair.parameters() if each.requires_grad])
     mode = mode_for(int(samples) // BATCH)
     svi = CompiledSVI(pair.model, pair.guide, lambda _: optimizer, objective, mode=mode)
     seen = 0
@@ -236,11 +264,11 @@ def step_size(make, objective, split, seed, *, first=FIRST, value=elbo, run=trai
     return max(found, key=found.get)
 
 
-def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, run=train):
-    """The rows of one curve, and the trained pair.
+def curve(make, method, splits, options, *, about, keep, points=POINTS, value=elbo, run=train):
+    """Run one curve, and keep its rows and the trained pair.
 
-    What the curve goes on from is kept at each of its points in a folder ``unfinished``, until it
-    is finished.
+    What the curve goes on from lies in a folder ``unfinished`` from point to point, until its
+    results are kept.
 
     Args:
         make: Makes the pair, from the present random state.
@@ -248,15 +276,17 @@ def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, ru
         splits: By name, what to evaluate on; ``train`` is trained on.
         options: Those of `arguments`.
         about: Columns ``figure``, ``panel`` and ``binarisation`` of the rows.
+        keep: What is done with rows and pair.
         points: Numbers of samples at which to evaluate.
         value: From pair and split to a value in nats per datum and its standard error.
         run: How to train, as `train` does.
     """
     objective, train = OBJECTIVES[method], splits["train"]
     key = named(options, about["panel"], method, about["binarisation"])
-    folder = options.out / "unfinished" / key
+    place = options.device.type
+    folder = options.out / "unfinished" / f"figure{about['figure']}-{place}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    before = newest(folder) or {"rows": [], "seconds": 0.0, "run": None}
+    before = checkpoints.newest(folder) or {"rows": [], "seconds": 0.0, "run": None}
     began = time.perf_counter() - before["seconds"]
     if "lr" not in before:
         first = min(FIRST, options.samples / 2)
@@ -274,14 +304,14 @@ def curve(make, method, splits, options, *, about, points=POINTS, value=elbo, ru
             nats, error = value(pair, some(split, 10_000))
             row = {**about, "method": method, "split": name, "training_samples": seen}
             row |= {"value_nats": nats, "standard_error": error, "seed": options.seed}
-            row |= {"initial_scale": options.initial_scale, "device": options.device.type}
+            row |= {"initial_scale": options.initial_scale, "device": place}
             row |= {"step_size": lr, "budget": round(options.samples)}
             rows.append({**row, "seconds": round(time.perf_counter() - began, 1)})
         now = {"rows": rows, "seconds": rows[-1]["seconds"], "lr": lr, "run": state}
         now["weights"] = dict(pair.state_dict())
-        keep(folder, seen, {**now, "generators": generators(options.device)})
+        checkpoints.keep(folder, seen, {**now, "generators": generators(options.device)})
+    keep(rows, pair)
     shutil.rmtree(folder)
-    return rows, pair
 
 
 class Results:
@@ -333,14 +363,13 @@ def trained(latent, hidden, options, *, panel, binarisation):
     make = partial(build, binarisation, splits.shape, latent, hidden, options.initial_scale)
     file = weights(options, panel, "AEVB", binarisation)
     pair = make()
-    if file.exists():
-        restore(pair, file)
-    else:
+    if not file.exists():
         about = {"figure": "", "panel": panel, "binarisation": binarisation}
         parts = {"train": splits.train}
-        pair = curve(make, "AEVB", parts, options, about=about, points=[])[1]
-        save(pair, file)
-    return pair.cpu().eval()
+        how = {"about": about, "points": [], "keep": lambda _, pair: checkpoints.save(pair, file)}
+        curve(make, "AEVB", parts, options, **how)
+    checkpoints.restore(pair, file)
+    return pair.eval()
 
 
 def published():
@@ -356,10 +385,16 @@ def published():
         ]
 
 
+def chosen(rows, options):
+    """The rows of one seed and one scale of the first weights, for pictures and comparisons."""
+    keys = {"seed": options.seed, "initial_scale": options.initial_scale}
+    return [row for row in rows if all(row[key] == value for key, value in keys.items())]
+
+
 def line(rows, **columns):
     """The points of one curve, by number of samples."""
-    chosen = [row for row in rows if all(row[key] == value for key, value in columns.items())]
-    return {row["training_samples"]: row["value_nats"] for row in chosen}
+    points = [row for row in rows if all(row[key] == value for key, value in columns.items())]
+    return {row["training_samples"]: row["value_nats"] for row in points}
 
 
 def draw(rows, panels, *, figure, primary, columns=5):
@@ -475,6 +510,31 @@ def ordered(rows, **how):
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+def likelihood(vae, split, options):
+    """L_5000 on some images as columns of a row: the value, its error, how it was had."""
+    draws = 100 if options.small else 5000
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the importance weights")
+        estimate = log_likelihood(vae.eval(), some(split, options.images), samples=draws)
+    return {
+        "binarisation": "static",
+        "device": options.device.type,
+        "draws": draws,
+        "value_nats": estimate.mean,
+        "standard_error": estimate.standard_error,
+    }
+
+
+def gain(rows, others):
+    """Mean difference of two lists of rows, paired by seed, with a 95 % t-interval."""
+    before = {row["seed"]: row["value_nats"] for row in others}
+    apart = [row["value_nats"] - before[row["seed"]] for row in rows if row["seed"] in before]
+    if len(apart) < 2:
+        return "".join(f"{each:+.2f}" for each in apart)
+    mean, half = np.mean(apart), stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart)
+    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+
+
 def number(value):
     """A value to a tenth of a nat, or a dash."""
     return "-" if value is None else f"{value:.1f}"
@@ -482,16 +542,11 @@ def number(value):
 
 def write(section, text, options):
     """Put a text between the marks of a section of the page, where results are the page's own."""
-    print(text)
+    print(text or f"there are no results in {options.out}")
     page = FOLDER / "README.md"
-    if options.out != FOLDER / "results":
+    if not text or options.out.resolve() != FOLDER / "results":
         return
     first, last = f"<!-- {section} writes from here -->", "<!-- to here -->"
     before, rest = page.read_text().split(first)
     after = rest.split(last, 1)[1]
     page.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}")
-
-
-def without_validation(splits):
-    """The same data for `fit` to keep its last weights, as the published protocols do."""
-    return dataclasses.replace(splits, validation=splits.validation[:0])
