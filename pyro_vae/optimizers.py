@@ -4,9 +4,12 @@ from __future__ import annotations
 
 __all__ = ["Share", "fused", "optimizer_of", "stepper", "update"]
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -63,48 +66,120 @@ def update(optimizer: Optimizer) -> None:
     The numbers and the state are those of ``optimizer.step()``, whose care for hooks, profilers
     and closures takes longer than the kernel of a small network.
     """
-    stepped = [
-        [p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups
-    ]
-    if not _bare(optimizer, stepped):
-        optimizer.step()
-        return
-    for group, parameters in zip(optimizer.param_groups, stepped, strict=True):
-        states = [optimizer.state[each] for each in parameters]
-        decoupled = type(optimizer) is AdamW or group.get("decoupled_weight_decay", False)
-        with torch.no_grad():
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
-            (torch._fused_adamw_ if decoupled else torch._fused_adam_)(
-                parameters,
-                [each.grad for each in parameters],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                steps,
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=group["maximize"],
-            )
+    plan = _PLANS.get(optimizer)
+    if plan is None or not plan.holds(optimizer):
+        plan = _planned(optimizer)
+        if plan is None:
+            optimizer.step()
+            return
+        _PLANS[optimizer] = plan
+    with torch.no_grad():
+        for each in plan.groups:
+            each.step()
 
 
-def _bare(optimizer: Optimizer, stepped: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether the next step is the fused kernel of Adam and nothing else."""
-    if type(optimizer) not in (Adam, AdamW) or _hooks(optimizer):
-        return False
-    if "step" in vars(optimizer) and not getattr(optimizer, "_opt_called", False):
-        return False  # its schedule wants to see one step
-    return all(
-        group["fused"]
-        and not group["amsgrad"]
-        and all(optimizer.state.get(each) for each in parameters)
-        and len({(each.dtype, each.device) for each in parameters}) == 1
-        for group, parameters in zip(optimizer.param_groups, stepped, strict=True)
-    )
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that one kernel steps, with what Adam has of them.
+
+    Their numbers of steps lie in one vector, so that one operation counts them all.
+    """
+
+    options: dict[str, Any]
+    parameters: Sequence[Tensor]
+    follows: Sequence[bool]  # which of them have a gradient
+    states: Sequence[dict[str, Tensor]]
+    counts: Tensor
+    steps: Sequence[Tensor]  # the elements of the counts, by reference
+    kernel: Callable[..., Any]
+
+    def holds(self) -> bool:
+        return (
+            _same(self.options["params"], self.parameters)
+            and [each.grad is not None for each in self.parameters] == self.follows
+            and _same([state.get("step") for state in self.states], self.steps)
+            and self.options["fused"]
+            and not self.options["amsgrad"]
+        )
+
+    def step(self) -> None:
+        options, states = self.options, self.states
+        followed = [each for each in self.parameters if each.grad is not None]
+        self.counts.add_(1)
+        self.kernel(
+            followed,
+            [each.grad for each in followed],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            self.steps,
+            lr=options["lr"],
+            beta1=options["betas"][0],
+            beta2=options["betas"][1],
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            amsgrad=False,
+            maximize=options["maximize"],
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The step of a fused Adam, as long as its state and its parameters are the same objects."""
+
+    state: Mapping[Tensor, Any]
+    entries: Sequence[Any]
+    groups: Sequence[_Group]
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        return (
+            optimizer.state is self.state
+            and _same(self.state.values(), self.entries)
+            and _same(optimizer.param_groups, [each.options for each in self.groups])
+            and _plain(optimizer)
+            and all(each.holds() for each in self.groups)
+        )
+
+
+_PLANS = WeakKeyDictionary[Optimizer, _Plan]()
+
+
+def _planned(optimizer: Optimizer) -> _Plan | None:
+    """How the next steps are taken, if by the fused kernel of Adam and nothing else."""
+    if type(optimizer) not in (Adam, AdamW) or not _plain(optimizer):
+        return None
+    groups = list[_Group]()
+    for options in optimizer.param_groups:
+        followed = [each for each in options["params"] if each.grad is not None]
+        states = [optimizer.state.get(each) for each in followed]
+        alike = len({(each.dtype, each.device) for each in followed}) == 1
+        if not (alike and all(states) and options["fused"] and not options["amsgrad"]):
+            return None
+        decoupled = type(optimizer) is AdamW or options.get("decoupled_weight_decay", False)
+        groups.append(_group(options, states, decoupled))
+    return _Plan(optimizer.state, list(optimizer.state.values()), groups)
+
+
+def _group(options: dict[str, Any], states: Sequence[Any], decoupled: bool) -> _Group:
+    counts = torch.stack([state["step"] for state in states])
+    steps = [counts[index] for index in range(len(states))]
+    for state, step in zip(states, steps, strict=True):
+        state["step"] = step
+    parameters = list(options["params"])
+    follows = [each.grad is not None for each in parameters]
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    return _Group(options, parameters, follows, states, counts, steps, kernel)
+
+
+def _same(one: Collection[Any], other: Sequence[Any]) -> bool:
+    """Whether two collections have the same objects, and not only equal ones."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _plain(optimizer: Optimizer) -> bool:
+    """Whether nothing but the step is to be done in a step."""
+    waits = "step" in vars(optimizer) and not getattr(optimizer, "_opt_called", False)
+    return not waits and not _hooks(optimizer)  # its schedule wants to see one step
 
 
 def _hooks(optimizer: Optimizer) -> bool:

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import math
 import warnings
 from functools import partial
@@ -827,6 +828,65 @@ def test_an_update_is_the_step_of_the_optimiser(make, options):
             schedule.step()
         ends.append([*parameters, *pytree.tree_leaves(optimizer.state_dict()["state"])])
     assert all(map(torch.equal, *map(pytree.tree_leaves, ends)))
+
+
+def reloaded(optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def renewed(optimizer):
+    """The state of the first parameter begins anew, in the same optimiser."""
+    first = optimizer.param_groups[0]["params"][0]
+    optimizer.state[first] = {key: value * 0 for key, value in optimizer.state[first].items()}
+
+
+def doubled(optimizer):
+    (*_, last) = optimizer.state.values()
+    last["exp_avg"] = last["exp_avg"] * 2
+    last["step"] = last["step"] + 5
+
+
+def extended(optimizer):
+    extra = torch.ones(2, requires_grad=True)
+    extra.grad = torch.ones(2)
+    optimizer.add_param_group({"params": [extra], "lr": 0.3})
+
+
+def shortened(optimizer):
+    optimizer.param_groups[0]["params"].pop().grad = None
+
+
+def unfused(optimizer):
+    optimizer.param_groups[0]["amsgrad"] = True
+    for state in optimizer.state.values():
+        state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+
+
+def stepped(optimizer):
+    optimizer.step()
+
+
+CHANGES = [reloaded, renewed, doubled, extended, shortened, unfused, stepped]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_update_sees_what_was_changed_since_the_last(change):
+    torch.manual_seed(0)
+    starts = [torch.randn(5, 3), torch.randn(3), torch.randn(2)]
+    ends = []
+    for step in (lambda optimizer: optimizer.step(), update):
+        parameters = [each.clone().requires_grad_() for each in starts]
+        optimizer = optimizer_of(partial(torch.optim.Adam, lr=0.1), parameters)
+        draws = torch.Generator().manual_seed(1)
+        for count in range(6):
+            for each in parameters:
+                each.grad = torch.randn(each.shape, generator=draws)
+            if count == 3:
+                change(optimizer)
+            step(optimizer)
+        ends.append([*parameters, *pytree.tree_leaves(list(optimizer.state.values()))])
+    assert len(ends[0]) == len(ends[1])
+    assert all(map(torch.equal, *ends))
 
 
 def test_an_update_calls_the_hooks_of_a_step():
