@@ -87,7 +87,7 @@ class _Group:
 
     options: dict[str, Any]
     parameters: Sequence[Tensor]
-    follows: Sequence[bool]  # which of them have a gradient
+    followed: Sequence[Tensor]  # those with a gradient
     states: Sequence[dict[str, Tensor]]
     counts: Tensor
     steps: Sequence[Tensor]  # the elements of the counts, by reference
@@ -96,7 +96,7 @@ class _Group:
     def holds(self) -> bool:
         return (
             _same(self.options["params"], self.parameters)
-            and [each.grad is not None for each in self.parameters] == self.follows
+            and _same(_followed(self.parameters), self.followed)
             and _same([state.get("step") for state in self.states], self.steps)
             and self.options["fused"]
             and not self.options["amsgrad"]
@@ -104,11 +104,10 @@ class _Group:
 
     def step(self) -> None:
         options, states = self.options, self.states
-        followed = [each for each in self.parameters if each.grad is not None]
         self.counts.add_(1)
         self.kernel(
-            followed,
-            [each.grad for each in followed],
+            self.followed,
+            [each.grad for each in self.followed],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -150,7 +149,7 @@ def _planned(optimizer: Optimizer) -> _Plan | None:
         return None
     groups = list[_Group]()
     for options in optimizer.param_groups:
-        followed = [each for each in options["params"] if each.grad is not None]
+        followed = _followed(options["params"])
         states = [optimizer.state.get(each) for each in followed]
         alike = len({(each.dtype, each.device) for each in followed}) == 1
         if not (alike and all(states) and options["fused"] and not options["amsgrad"]):
@@ -166,9 +165,13 @@ def _group(options: dict[str, Any], states: Sequence[Any], decoupled: bool) -> _
     for state, step in zip(states, steps, strict=True):
         state["step"] = step
     parameters = list(options["params"])
-    follows = [each.grad is not None for each in parameters]
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    return _Group(options, parameters, follows, states, counts, steps, kernel)
+    return _Group(options, parameters, _followed(parameters), states, counts, steps, kernel)
+
+
+def _followed(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters that have a gradient to follow."""
+    return [each for each in parameters if each.grad is not None]
 
 
 def _same(one: Collection[Any], other: Sequence[Any]) -> bool:

@@ -50,8 +50,16 @@ def metrics(folder):
     return [{key: row[key] for key in row if key != "images_per_second"} for row in rows]
 
 
-def kill(folder, options, delay, *, writing):
-    """Begin a run, kill it, and go on with it to its end; None where it was over before that."""
+def reached(folder):
+    """The last step of which a run has kept a checkpoint."""
+    return max(int(path.stem) for path in (folder / "checkpoints").glob("*.safetensors"))
+
+
+def kill(folder, options, delay, *, writing, steps):
+    """Begin a run, kill it, and go on with it to its end; None where it was over before that.
+
+    A run is over once the last of its steps is kept, although its pictures may not be.
+    """
     states = folder / "checkpoints"
     process = start(command(*options, "--out", folder))
     begun = until(lambda: (states / "000000001.safetensors").exists(), process)
@@ -60,13 +68,13 @@ def kill(folder, options, delay, *, writing):
         begun = until(lambda: any(states.glob("*.part")), process)
     process.kill()
     process.wait()
-    if not begun or process.returncode != -9:
+    if not begun or process.returncode != -9 or reached(folder) == steps:
         return None
     row = {
         "after": round(delay, 3),
         "writing": any(states.glob("*.part")),
         "epochs": (folder / "metrics.jsonl").read_text().count("\n"),
-        "step": max(int(path.stem) for path in states.glob("*.safetensors")),
+        "step": reached(folder),
     }
     done = subprocess.run(
         command("--resume", folder), env=ENVIRONMENT, capture_output=True, text=True
@@ -102,6 +110,7 @@ def main():
         took = time.perf_counter() - began
         if process.wait():
             raise SystemExit("the run that is not stopped failed")
+        steps = reached(whole)
         for number in range(options.kills):
             row, tries = None, 0
             while row is None:  # a machine that is faster now than before may be done sooner
@@ -109,7 +118,7 @@ def main():
                 if tries > 5:
                     raise SystemExit("training ends before it can be killed; give more epochs")
                 delay = moments.uniform(0, 0.9 * took)
-                row = kill(folder, given, delay, writing=number % 2 == 1)
+                row = kill(folder, given, delay, writing=number % 2 == 1, steps=steps)
                 took = took if row else delay
             row["equal"] = metrics(folder) == metrics(whole) and all(
                 (folder / name).read_bytes() == (whole / name).read_bytes() for name in WEIGHTS
@@ -120,7 +129,6 @@ def main():
                 f"from step {row['step']}: {'equal' if row['equal'] else 'DIFFERENT'}",
                 flush=True,
             )
-        steps = max(int(path.stem) for path in (whole / "checkpoints").glob("*.safetensors"))
 
     equal, writing = (sum(row[key] for row in rows) for key in ("equal", "writing"))
     print(f"{equal} of {len(rows)} equal, {writing} of them killed while a checkpoint was written")

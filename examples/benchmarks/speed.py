@@ -224,7 +224,7 @@ def table(size, rows):
     """Markdown of one size."""
     rounds, epochs = (max(len(row[kind]) for row in rows.values()) for kind in ("steps", "epochs"))
     lines = [
-        f"**{size}**: {SIZES[size].about}; medians of {rounds} rounds and {epochs} epochs.",
+        f"**{size}**: {SIZES[size].about}; medians of {rounds} rounds; epochs: {epochs}.",
         "",
         "| contender | ms per step | images per s | to the floor | ours to it | s per epoch "
         "| ours to it | start-up, cold / warm, s | peak, MiB | loss |",
@@ -267,10 +267,8 @@ def promises(results):
             pairs = zip(ours["epochs"], ours["steps"], strict=False)
             bare = [1e3 * epoch / (steps * step) for epoch, step in pairs]
             add("epoch, to our own bare steps", statistics.median(bare), 1.05)
-        for how, most in (("cold", 15), ("warm", 5)):
-            if how not in ours["start"]:
-                continue
-            add(f"start-up, {how}", ours["start"][how]["stepped"], most, " s")
+        for how, times in ours["start"].items():
+            add(f"start-up, {how}", times["stepped"], {"cold": 15, "warm": 5}[how], " s")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
