@@ -334,6 +334,25 @@ def test_our_methods_come_in_the_published_order(monkeypatch):
     assert all(each["agree"] == 0 for each in protocol.order(exchanged, **how))
 
 
+def test_a_panel_without_the_primary_protocol_shows_another(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "paper")
+    protocol = importlib.import_module("protocol")
+    about = {"panel": "FreyFace Nz=10", "method": "AEVB", "split": "test"}
+    block = [
+        {**about, "binarisation": "none, final block", "training_samples": n, "value_nats": -n}
+        for n in (1, 2)
+    ]
+    random = [{**row, "binarisation": "none, random split", "value_nats": 7} for row in block]
+    for rows, values, title in (
+        (block, [-1, -2], ": none, final block"),
+        (block + random, [7, 7], ""),
+    ):
+        how = {"figure": "2", "primary": ["none, random split"]}
+        axes = protocol.draw(rows, [about["panel"]], **how).axes[0]
+        assert any(list(each.get_ydata()) == values for each in axes.lines)
+        assert axes.get_title() == about["panel"] + title
+
+
 def test_a_larger_budget_runs_a_curve_anew_and_a_smaller_one_does_not(tmp_path):
     options = ["--data", "FreyFace", "--latents", "2", "--methods", "AEVB"]
     for budget, last in ((1000, 1000), (2000, 2000), (1500, 2000)):

@@ -398,7 +398,10 @@ def line(rows, **columns):
 
 
 def draw(rows, panels, *, figure, primary, columns=5):
-    """Our curves, and in the same axes the published ones, dashed."""
+    """Our curves, and in the same axes the published ones, dashed.
+
+    A panel without data binarised as in the primary protocol has those of another, and says so.
+    """
     panels = [panel for panel in panels if any(row["panel"] == panel for row in rows)]
     tall = math.ceil(len(panels) / columns)
     size = (3.1 * min(columns, len(panels)), 2.9 * tall)
@@ -410,10 +413,12 @@ def draw(rows, panels, *, figure, primary, columns=5):
     for panel, axes in zip(panels, every, strict=False):
         axes.set_axis_on()
         values = []
+        kinds = dict.fromkeys(row["binarisation"] for row in rows if row["panel"] == panel)
+        kind = next((each for each in kinds if each in primary), next(iter(kinds)))
         for color, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
             for width, split in ((0.9, "train"), (1.8, "test")):
                 which = {"panel": panel, "method": method, "split": split}
-                ours = line([r for r in rows if r["binarisation"] in primary], **which)
+                ours = line(rows, binarisation=kind, **which)
                 paper = line(theirs, figure=figure, **which)
                 style = {"color": f"C{color}", "linewidth": width}
                 label = f"{method}, {split}"
@@ -423,7 +428,7 @@ def draw(rows, panels, *, figure, primary, columns=5):
         low, high = min(values), max(values)
         axes.set_ylim(low - 0.02 * (high - low) - 1, high + 0.05 * (high - low) + 1)
         axes.set_xscale("log")
-        axes.set_title(panel, fontsize=9)
+        axes.set_title(panel if kind in primary else f"{panel}: {kind}", fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     every[0].legend(fontsize=6, loc="lower right")
