@@ -334,23 +334,24 @@ def test_our_methods_come_in_the_published_order(monkeypatch):
     assert all(each["agree"] == 0 for each in protocol.order(exchanged, **how))
 
 
-def test_a_panel_without_the_primary_protocol_shows_another(monkeypatch):
+def test_a_panel_shows_the_curves_of_its_own_binarisation(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "paper")
     protocol = importlib.import_module("protocol")
+    script = importlib.import_module("figure2_lower_bound")
     about = {"panel": "FreyFace Nz=10", "method": "AEVB", "split": "test"}
     block = [
         {**about, "binarisation": "none, final block", "training_samples": n, "value_nats": -n}
         for n in (1, 2)
     ]
     random = [{**row, "binarisation": "none, random split", "value_nats": 7} for row in block]
-    for rows, values, title in (
-        (block, [-1, -2], ": none, final block"),
-        (block + random, [7, 7], ""),
-    ):
-        how = {"figure": "2", "primary": ["none, random split"]}
-        axes = protocol.draw(rows, [about["panel"]], **how).axes[0]
-        assert any(list(each.get_ydata()) == values for each in axes.lines)
-        assert axes.get_title() == about["panel"] + title
+    both = {"FreyFace Nz=10": [7, 7], "FreyFace Nz=10: none, final block": [-1, -2]}
+    for rows, shown in ((block + random, list(both)), (block, list(both)[1:])):
+        every = protocol.draw(rows, script.PANELS, figure="2").axes
+        axes = {each.get_title(): each for each in every if each.axison}
+        assert list(axes) == shown
+        for title, each in axes.items():
+            assert [1, 2] in [list(line.get_xdata()) for line in each.lines]
+            assert both[title] in [list(line.get_ydata()) for line in each.lines]
 
 
 def test_a_larger_budget_runs_a_curve_anew_and_a_smaller_one_does_not(tmp_path):

@@ -24,7 +24,8 @@ BESIDE = [
     ("MNIST", 20, "greyscale"),
     ("FreyFace", 10, "none, final block"),
 ]
-PANELS = [f"{name} Nz={latent}" for name in LATENTS for latent in LATENTS[name]]
+PANELS = {f"{n} Nz={k}": (f"{n} Nz={k}", PRIMARY[n]) for n in LATENTS for k in LATENTS[n]}
+PANELS |= {f"{n} Nz={k}: {kind}": (f"{n} Nz={k}", kind) for n, k, kind in BESIDE}
 AT = [1_000_000, 6_000_000, 10_000_000, 18_000_000, 100_000_000]
 
 
@@ -44,7 +45,7 @@ def report(results, options):
     chosen = protocol.chosen(results.rows, options)
     for name in HIDDEN:
         if rows := [row for row in chosen if row["panel"].startswith(name)]:
-            picture = protocol.draw(rows, PANELS, figure="2", primary=PRIMARY.values())
+            picture = protocol.draw(rows, PANELS, figure="2")
             FigureCanvasAgg(picture).print_png(str(options.out / f"figure2_{name}.png"))
     parts = [
         protocol.table(results.rows, figure="2", at=AT),

@@ -24,7 +24,7 @@ from pyro_vae.annealing import hmc_likelihood
 from pyro_vae.evaluation import quadrature
 
 LATENT, HIDDEN, ROWS = 3, 100, [1000, 50_000]
-PANELS = [f"Ntrain={rows}" for rows in ROWS]
+PANELS = {f"Ntrain={rows}": (f"Ntrain={rows}", "static") for rows in ROWS}
 POINTS = [1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000, 40_000_000, 60_000_000]
 LEAPFROG, UPDATES, ACCEPTANCE = 10, 5, 0.9  # of Appendix E
 
@@ -124,7 +124,7 @@ def report(results, checks, options):
         protocol.write("figure3", "", options)
         return
     chosen = protocol.chosen(results.rows, options)
-    picture = protocol.draw(chosen, PANELS, figure="3", primary=["static"], columns=2)
+    picture = protocol.draw(chosen, PANELS, figure="3", columns=2)
     FigureCanvasAgg(picture).print_png(str(options.out / "figure3.png"))
     parts = [
         f"*{split}*\n\n{protocol.table(results.rows, figure='3', at=POINTS, split=split)}"

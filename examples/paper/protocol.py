@@ -397,12 +397,17 @@ def line(rows, **columns):
     return {row["training_samples"]: row["value_nats"] for row in points}
 
 
-def draw(rows, panels, *, figure, primary, columns=5):
+def draw(rows, panels, *, figure, columns=5):
     """Our curves, and in the same axes the published ones, dashed.
 
-    A panel without data binarised as in the primary protocol has those of another, and says so.
+    Args:
+        rows: Those of `curve`.
+        panels: By the title of each, its panel and binarisation; those without rows are left out.
+        figure: Of the paper.
+        columns: How many panels stand side by side.
     """
-    panels = [panel for panel in panels if any(row["panel"] == panel for row in rows)]
+    have = {(row["panel"], row["binarisation"]) for row in rows}
+    panels = {title: which for title, which in panels.items() if which in have}
     tall = math.ceil(len(panels) / columns)
     size = (3.1 * min(columns, len(panels)), 2.9 * tall)
     picture = Figure(figsize=size, dpi=120, layout="constrained")
@@ -410,11 +415,9 @@ def draw(rows, panels, *, figure, primary, columns=5):
     theirs = published()
     for axes in every:
         axes.set_axis_off()
-    for panel, axes in zip(panels, every, strict=False):
+    for (title, (panel, kind)), axes in zip(panels.items(), every, strict=False):
         axes.set_axis_on()
         values = []
-        kinds = dict.fromkeys(row["binarisation"] for row in rows if row["panel"] == panel)
-        kind = next((each for each in kinds if each in primary), next(iter(kinds)))
         for color, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
             for width, split in ((0.9, "train"), (1.8, "test")):
                 which = {"panel": panel, "method": method, "split": split}
@@ -428,7 +431,7 @@ def draw(rows, panels, *, figure, primary, columns=5):
         low, high = min(values), max(values)
         axes.set_ylim(low - 0.02 * (high - low) - 1, high + 0.05 * (high - low) + 1)
         axes.set_xscale("log")
-        axes.set_title(panel if kind in primary else f"{panel}: {kind}", fontsize=9)
+        axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     every[0].legend(fontsize=6, loc="lower right")
