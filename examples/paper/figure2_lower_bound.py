@@ -66,9 +66,8 @@ def main():
     for name, latent, binarisation, method in [] if options.report else wanted(options):
         panel = f"{name} Nz={latent}"
         about = {"figure": "2", "panel": panel, "binarisation": binarisation}
-        key = {**about, "method": method, "seed": options.seed}
-        key |= {"budget": options.samples, "initial_scale": options.initial_scale}
-        if results.has(**key):
+        asked = {**about, "method": method, **protocol.asked(options)}
+        if results.has(**asked, budget=options.samples):
             continue
         data = protocol.load(binarisation, options)
         hidden = 32 if options.small else HIDDEN[name]

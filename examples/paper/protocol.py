@@ -78,6 +78,7 @@ def arguments(about, samples=None):
         parser.add_argument("--samples", type=float, default=samples, help="training samples seen")
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--initial-scale", type=float, default=0.01, help="of all weights")
+        parser.add_argument("--step-size", type=float, help="this one, whatever is best at first")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--small", action="store_true", help="embedded digits, for a trial")
@@ -288,7 +289,9 @@ def curve(make, method, splits, options, *, about, keep, points=POINTS, value=el
     folder.mkdir(parents=True, exist_ok=True)
     before = checkpoints.newest(folder) or {"rows": [], "seconds": 0.0, "run": None}
     began = time.perf_counter() - before["seconds"]
-    if "lr" not in before:
+    if options.step_size:
+        before["lr"] = options.step_size
+    elif "lr" not in before:
         first = min(FIRST, options.samples / 2)
         how = {"first": first, "value": value, "run": run}
         before["lr"] = step_size(make, objective, train, options.seed, **how)
@@ -303,9 +306,8 @@ def curve(make, method, splits, options, *, about, keep, points=POINTS, value=el
         for name, split in splits.items():
             nats, error = value(pair, some(split, 10_000))
             row = {**about, "method": method, "split": name, "training_samples": seen}
-            row |= {"value_nats": nats, "standard_error": error, "seed": options.seed}
-            row |= {"initial_scale": options.initial_scale, "device": place}
-            row |= {"step_size": lr, "budget": round(options.samples)}
+            row |= {"value_nats": nats, "standard_error": error, **asked(options)}
+            row |= {"device": place, "step_size": lr, "budget": round(options.samples)}
             rows.append({**row, "seconds": round(time.perf_counter() - began, 1)})
         now = {"rows": rows, "seconds": rows[-1]["seconds"], "lr": lr, "run": state}
         now["weights"] = dict(pair.state_dict())
@@ -325,7 +327,7 @@ class Results:
         """Whether a row has these values, and at least this budget."""
         least = columns.pop("budget", 0)
         return any(
-            all(row[key] == value for key, value in columns.items()) and row["budget"] >= least
+            all(row.get(key) == value for key, value in columns.items()) and row["budget"] >= least
             for row in self.rows
         )
 
@@ -339,13 +341,14 @@ class Results:
 
 def identity(row):
     """What a row and the others of its curve have in common."""
-    keys = ("figure", "panel", "method", "seed", "binarisation", "initial_scale")
+    keys = ("figure", "panel", "method", "seed", "binarisation", "initial_scale", "given")
     return tuple(row.get(key) for key in keys)
 
 
 def named(options, panel, method, binarisation):
     """A name for the files of one curve."""
     about = [panel, method, binarisation, options.initial_scale, options.seed, options.samples]
+    about += [options.step_size] if options.step_size else []
     return "-".join(str(each).replace(" ", "") for each in about)
 
 
@@ -386,9 +389,15 @@ def published():
 
 
 def chosen(rows, options):
-    """The rows of one seed and one scale of the first weights, for pictures and comparisons."""
-    keys = {"seed": options.seed, "initial_scale": options.initial_scale}
-    return [row for row in rows if all(row[key] == value for key, value in keys.items())]
+    """The rows of one protocol, for pictures and comparisons."""
+    keys = asked(options).items()
+    return [row for row in rows if all(row.get(key) == value for key, value in keys)]
+
+
+def asked(options):
+    """The columns by which curves of the same panel and method differ: what was asked for."""
+    how = {"seed": options.seed, "initial_scale": options.initial_scale}
+    return {**how, "given": options.step_size}
 
 
 def line(rows, **columns):
@@ -451,7 +460,7 @@ def table(rows, *, figure, at, split="test"):
     ]
     for key in dict.fromkeys(identity(row) for row in rows):
         own = [row for row in rows if identity(row) == key]
-        _, panel, method, seed, binarisation, scale = key
+        _, panel, method, seed, binarisation, scale, given = key
         ours = line(own, split=split)
         paper = line(theirs, figure=figure, panel=panel, method=method, split=split)
         cells = [
@@ -459,8 +468,9 @@ def table(rows, *, figure, at, split="test"):
         ]
         hours = f"{max(row['seconds'] for row in own) / 3600:.2f}"
         hours += " (GPU)" if own[0].get("device") == "cuda" else ""
+        step = f"{own[0]['step_size']}{' (given)' if given else ''}"
         lines.append(
-            f"| {panel} | {method} | {binarisation} | {scale} | {seed} | {own[0]['step_size']} "
+            f"| {panel} | {method} | {binarisation} | {scale} | {seed} | {step} "
             f"| {hours} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
