@@ -326,21 +326,21 @@ def test_figure_2_has_both_methods_in_the_axes_of_the_paper(tmp_path):
 
 def test_our_methods_come_in_the_published_order(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "paper")
-    protocol = importlib.import_module("protocol")
+    reporting = importlib.import_module("reporting")
     how = {"figure": "2", "primary": ["static", "none, random split"]}
     rows = json.loads((EXAMPLES / "paper" / "results" / "figure2.json").read_text())
-    found = protocol.order(rows, **how)
+    found = reporting.order(rows, **how)
     assert {each["order"] for each in found} == {("AEVB", "wake-sleep")}
     assert {(each["points"], each["agree"]) for each in found} == {(6, 6)}
     assert all(each["lead"] > 0 for each in found)
     other = {"AEVB": "wake-sleep", "wake-sleep": "AEVB"}
     exchanged = [{**row, "method": other[row["method"]]} for row in rows]
-    assert all(each["agree"] == 0 for each in protocol.order(exchanged, **how))
+    assert all(each["agree"] == 0 for each in reporting.order(exchanged, **how))
 
 
 def test_a_panel_shows_the_curves_of_its_own_binarisation(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "paper")
-    protocol = importlib.import_module("protocol")
+    reporting = importlib.import_module("reporting")
     script = importlib.import_module("figure2_lower_bound")
     about = {"panel": "FreyFace Nz=10", "method": "AEVB", "split": "test"}
     block = [
@@ -350,7 +350,7 @@ def test_a_panel_shows_the_curves_of_its_own_binarisation(monkeypatch):
     random = [{**row, "binarisation": "none, random split", "value_nats": 7} for row in block]
     both = {"FreyFace Nz=10": [7, 7], "FreyFace Nz=10: none, final block": [-1, -2]}
     for rows, shown in ((block + random, list(both)), (block, list(both)[1:])):
-        every = protocol.draw(rows, script.PANELS, figure="2").axes
+        every = reporting.draw(rows, script.PANELS, figure="2").axes
         axes = {each.get_title(): each for each in every if each.axison}
         assert list(axes) == shown
         for title, each in axes.items():

@@ -17,6 +17,7 @@ from functools import partial
 import protocol
 import pyro
 import pyro.distributions as dist
+import reporting
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -152,16 +153,16 @@ def curve(method, splits, options, about):
 def report(results, options):
     """The picture, and a table of the ends of the curves."""
     if not results.rows:
-        protocol.write("appendix_f", "", options)
+        reporting.write("appendix_f", "", options)
         return
     picture = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = picture.subplots()
     lines = ["| method | split | best | at samples | at the end |", "|---|---|---|---|---|"]
     for color, method in enumerate(METHODS):
-        rows = protocol.chosen(results.rows, options)
+        rows = reporting.chosen(results.rows, options)
         rows = [row for row in rows if row["method"] == method]
         for split, style in STYLES.items():
-            points = protocol.line(rows, split=split)
+            points = reporting.line(rows, split=split)
             if not points:
                 continue
             axes.plot(
@@ -179,7 +180,7 @@ def report(results, options):
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     FigureCanvasAgg(picture).print_png(str(options.out / "appendix_f.png"))
-    protocol.write("appendix_f", "\n".join(lines), options)
+    reporting.write("appendix_f", "\n".join(lines), options)
 
 
 def main():

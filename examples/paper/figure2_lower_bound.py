@@ -11,6 +11,7 @@ training images drawn at random, with one draw of z each. A finished curve is in
 from functools import partial
 
 import protocol
+import reporting
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pyro_vae.checkpoints import save
@@ -42,16 +43,16 @@ def wanted(options):
 
 def report(results, options):
     """The pictures, the table of ours beside the published values, and the order of methods."""
-    chosen = protocol.chosen(results.rows, options)
+    chosen = reporting.chosen(results.rows, options)
     for name in HIDDEN:
         if rows := [row for row in chosen if row["panel"].startswith(name)]:
-            picture = protocol.draw(rows, PANELS, figure="2")
+            picture = reporting.draw(rows, PANELS, figure="2")
             FigureCanvasAgg(picture).print_png(str(options.out / f"figure2_{name}.png"))
     parts = [
-        protocol.table(results.rows, figure="2", at=AT),
-        protocol.ordered(chosen, figure="2", primary=PRIMARY.values()),
+        reporting.table(results.rows, figure="2", at=AT),
+        reporting.ordered(chosen, figure="2", primary=PRIMARY.values()),
     ]
-    protocol.write("figure2", "\n\n".join(part for part in parts if part), options)
+    reporting.write("figure2", "\n\n".join(part for part in parts if part), options)
 
 
 def main():

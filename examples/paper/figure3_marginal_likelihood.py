@@ -18,6 +18,7 @@ from functools import partial
 
 import protocol
 import pyro
+import reporting
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -124,13 +125,13 @@ def held_against(vae, split, count):
 def report(results, checks, options):
     """The picture, and the tables."""
     if not results.rows:
-        protocol.write("figure3", "", options)
+        reporting.write("figure3", "", options)
         return
-    chosen = protocol.chosen(results.rows, options)
-    picture = protocol.draw(chosen, PANELS, figure="3", columns=2)
+    chosen = reporting.chosen(results.rows, options)
+    picture = reporting.draw(chosen, PANELS, figure="3", columns=2)
     FigureCanvasAgg(picture).print_png(str(options.out / "figure3.png"))
     parts = [
-        f"*{split}*\n\n{protocol.table(results.rows, figure='3', at=POINTS, split=split)}"
+        f"*{split}*\n\n{reporting.table(results.rows, figure='3', at=POINTS, split=split)}"
         for split in ("test", "train")
     ]
     lines = [
@@ -142,10 +143,10 @@ def report(results, checks, options):
             f"| {row['panel']}, {row['method']} | {row['value_nats']:.2f} "
             f"| {row['appendix_d']:.2f} | {row['monte_carlo_error']:.2f} "
             f"| {row['within_3_errors']:.0%} of {row['images']} "
-            f"| {protocol.number(row.get('as_in_curves'))} |"
+            f"| {reporting.number(row.get('as_in_curves'))} |"
         )
-    parts += [protocol.ordered(chosen, figure="3", primary=["static"]), "\n".join(lines)]
-    protocol.write("figure3", "\n\n".join(part for part in parts if part), options)
+    parts += [reporting.ordered(chosen, figure="3", primary=["static"]), "\n".join(lines)]
+    reporting.write("figure3", "\n\n".join(part for part in parts if part), options)
 
 
 def main():

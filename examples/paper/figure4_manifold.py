@@ -8,6 +8,7 @@ distribution function to latents, and these to the means of p(x|z). Weights that
 """
 
 import protocol
+import reporting
 import torch
 
 from pyro_vae import plots
@@ -37,7 +38,7 @@ def main():
     files = {panel: f"figure4_{panel.split()[0]}.png" for panel in CASES}
     files = {panel: file for panel, file in files.items() if (options.out / file).exists()}
     pictures = [f"![{panel}](results/{file})" for panel, file in files.items()]
-    protocol.write("figure4", "\n".join(pictures), options)
+    reporting.write("figure4", "\n".join(pictures), options)
 
 
 if __name__ == "__main__":

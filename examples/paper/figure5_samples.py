@@ -8,6 +8,7 @@ many samples are used.
 
 import protocol
 import pyro
+import reporting
 
 from pyro_vae import plots
 
@@ -27,7 +28,7 @@ def main():
     head = " | ".join(f"{k} latents" for k in drawn)
     cells = " | ".join(f"![{k} latents](results/figure5_{k}.png)" for k in drawn)
     lines = [f"| {head} |", "|---" * len(drawn) + "|", f"| {cells} |"]
-    protocol.write("figure5", "\n".join(lines) if drawn else "", options)
+    reporting.write("figure5", "\n".join(lines) if drawn else "", options)
 
 
 if __name__ == "__main__":

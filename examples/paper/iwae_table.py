@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import protocol
 import pyro
+import reporting
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -85,13 +86,13 @@ def report(results, options):
         )
         nats = np.mean([row["value_nats"] for row in own])
         units = np.mean([row["active_units"] for row in own])
-        gain = protocol.gain(own, single) if k > 1 else ""
+        gain = reporting.gain(own, single) if k > 1 else ""
         published = "-{:.2f} ({})".format(*PUBLISHED[k])
         passes = sum(3**i for i in range(stages))
         lines.append(
             f"| {k} | {passes} | {len(own)} | {nats:.2f} | {units:.1f} | {gain} | {published} |"
         )
-    protocol.write("iwae", "\n".join(lines) if cells else "", options)
+    reporting.write("iwae", "\n".join(lines) if cells else "", options)
 
 
 def main():

@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 import protocol
 import pyro
+import reporting
 import torch
 from torch import nn
 
@@ -68,13 +69,13 @@ def report(results, options):
     for prior, rows in own.items():
         if rows:
             nats = np.mean([row["value_nats"] for row in rows])
-            gain = protocol.gain(rows, own["standard"]) if prior != "standard" else ""
+            gain = reporting.gain(rows, own["standard"]) if prior != "standard" else ""
             passes = max(row["passes"] for row in rows)
             lines.append(
                 f"| {prior} | {passes} | {len(rows)} | {nats:.2f} | {gain} "
                 f"| -{PUBLISHED[prior]:.2f} |"
             )
-    protocol.write("vampprior", "\n".join(lines) if results.rows else "", options)
+    reporting.write("vampprior", "\n".join(lines) if results.rows else "", options)
 
 
 def main():
