@@ -65,14 +65,15 @@ def draw(rows, panels, *, figure, columns=5):
                 label = f"{method}, {split}"
                 axes.plot(list(ours), list(ours.values()), **style, label=label)
                 axes.plot(list(paper), list(paper.values()), "--", **style)
-                values += [v for n, v in {**ours, **paper}.items() if n >= 3e5] or ours.values()
+                late = [v for each in (ours, paper) for n, v in each.items() if n >= 3e5]
+                values += late or ours.values()
         low, high = min(values), max(values)
         axes.set_ylim(low - 0.02 * (high - low) - 1, high + 0.05 * (high - low) + 1)
         axes.set_xscale("log")
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    every[0].legend(fontsize=6, loc="lower right")
+    every[0].legend(fontsize=6)
     every[0].set_ylabel("nats per image", fontsize=8)
     return picture
 
