@@ -329,6 +329,7 @@ def test_our_methods_come_in_the_published_order(monkeypatch):
     reporting = importlib.import_module("reporting")
     how = {"figure": "2", "primary": ["static", "none, random split"]}
     rows = json.loads((EXAMPLES / "paper" / "results" / "figure2.json").read_text())
+    rows = [row for row in rows if row.get("given") is None]
     found = reporting.order(rows, **how)
     assert {each["order"] for each in found} == {("AEVB", "wake-sleep")}
     assert {(each["points"], each["agree"]) for each in found} == {(6, 6)}
@@ -380,6 +381,7 @@ def test_a_step_size_that_is_given_has_a_curve_of_its_own(tmp_path):
     rows = json.loads((tmp_path / "figure2.json").read_text())
     found = {(row["given"], row["step_size"]) for row in rows}
     assert len(found) == 2
+    assert len(list(tmp_path.glob("figure2_FreyFace*.png"))) == 2  # neither in place of the other
     assert (0.03, 0.03) in found
     assert next(step for given, step in found if given is None) in {0.01, 0.02, 0.1}
     assert "| 0.03 (given) |" in printed
@@ -478,7 +480,7 @@ def test_appendix_f_gives_the_likelihood_at_its_weights(monkeypatch):
         torch.nn.init.constant_(each, -20.0)  # every draw is the same decoder
     images = data.load("digits", view=data.threshold).test[:5]
     truth = quadrature(pair.drawn(), images.batch(), tolerance=1e-3).log_likelihood.mean()
-    # By other seeds the estimate's standard deviation is 0.06 nats: this is five of them.
+    # The tolerance is five times the estimate's standard deviation over seeds, 0.06 nats.
     for each in (pair, pair.drawn()):
         assert script.marginal(each, images) == pytest.approx(float(truth), abs=0.3)
 

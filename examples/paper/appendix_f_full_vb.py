@@ -93,7 +93,7 @@ class Inferred(nn.Module):
 
 def values(pair, splits):
     """The bound of each split by its name, and where there is q(w), of the weights as well."""
-    vaes = drawn(pair)
+    vaes = vaes_of(pair, DRAWS)
     found = {
         name: sum(protocol.elbo(vae, split)[0] for vae in vaes) / len(vaes)
         for name, split in splits.items()
@@ -103,18 +103,18 @@ def values(pair, splits):
     return found
 
 
-def drawn(pair):
+def vaes_of(pair, draws):
     """The point estimate, or VAEs with draws of the weights."""
-    return [pair.drawn() for _ in range(DRAWS)] if isinstance(pair, Inferred) else [pair]
+    return [pair.drawn() for _ in range(draws)] if isinstance(pair, Inferred) else [pair]
 
 
 def marginal(pair, images):
     """Log p(x|w) of some images, at the point estimate or at two draws of the weights."""
-    values = [
-        hmc_likelihood(vae.eval(), images, samples=50, chains=4, leapfrog=4).log_likelihood
-        for vae in drawn(pair)[:2]
+    found = [
+        hmc_likelihood(vae.eval(), images, **protocol.APPENDIX_D).log_likelihood
+        for vae in vaes_of(pair, 2)
     ]
-    return float(torch.stack(values).mean())
+    return float(torch.stack(found).mean())
 
 
 def curve(method, splits, options, about):
@@ -141,7 +141,7 @@ def curve(method, splits, options, about):
     images, kept = protocol.some(splits["test"], options.images), []
     for seen, _ in run:
         found = values(pair, splits)
-        if seen in MARGINAL or seen == round(options.samples):
+        if seen in MARGINAL or seen >= options.samples:
             found["test, log p(x|w)"] = marginal(pair, images)
         kept += [
             {**about, "split": name, "training_samples": seen, "value_nats": value}
@@ -152,15 +152,15 @@ def curve(method, splits, options, about):
 
 def report(results, options):
     """The picture, and a table of the ends of the curves."""
-    if not results.rows:
+    chosen = reporting.chosen(results.rows, options)
+    if not chosen:
         reporting.write("appendix_f", "", options)
         return
     picture = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = picture.subplots()
     lines = ["| method | split | best | at samples | at the end |", "|---|---|---|---|---|"]
     for color, method in enumerate(METHODS):
-        rows = reporting.chosen(results.rows, options)
-        rows = [row for row in rows if row["method"] == method]
+        rows = [row for row in chosen if row["method"] == method]
         for split, style in STYLES.items():
             points = reporting.line(rows, split=split)
             if not points:
@@ -176,10 +176,10 @@ def report(results, options):
             )
     axes.set_xscale("log")
     axes.set_xlabel("training samples seen")
-    axes.set_ylabel("bound, nats per image")
+    axes.set_ylabel("nats per image")
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
-    FigureCanvasAgg(picture).print_png(str(options.out / "appendix_f.png"))
+    FigureCanvasAgg(picture).print_png(str(reporting.file_of("appendix_f", options)))
     reporting.write("appendix_f", "\n".join(lines), options)
 
 

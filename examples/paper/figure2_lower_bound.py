@@ -47,7 +47,8 @@ def report(results, options):
     for name in HIDDEN:
         if rows := [row for row in chosen if row["panel"].startswith(name)]:
             picture = reporting.draw(rows, PANELS, figure="2")
-            FigureCanvasAgg(picture).print_png(str(options.out / f"figure2_{name}.png"))
+            file = reporting.file_of(f"figure2_{name}", options)
+            FigureCanvasAgg(picture).print_png(str(file))
     parts = [
         reporting.table(results.rows, figure="2", at=AT),
         reporting.ordered(chosen, figure="2", primary=PRIMARY.values()),

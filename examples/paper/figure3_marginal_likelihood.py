@@ -24,14 +24,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pyro_vae import VAE, priors
 from pyro_vae.annealing import hmc_likelihood
-from pyro_vae.checkpoints import save
 from pyro_vae.evaluation import quadrature
 
 LATENT, HIDDEN, ROWS = 3, 100, [1000, 50_000]
-PANELS = {f"Ntrain={rows}": (f"Ntrain={rows}", "static") for rows in ROWS}
 POINTS = [1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000, 40_000_000, 60_000_000]
 LEAPFROG, UPDATES, ACCEPTANCE = 10, 5, 0.9  # of Appendix E
-CURVES = {"samples": 50, "chains": 4, "leapfrog": 4}  # of Appendix D, where there are many images
 
 
 def score(vae, x, z):
@@ -100,7 +97,7 @@ def make(method, shape, scale):
 
 def estimate(count, vae, split):
     """Appendix D on some data: mean and standard error over these."""
-    found = hmc_likelihood(vae.eval(), protocol.some(split, count), **CURVES)
+    found = hmc_likelihood(vae.eval(), protocol.some(split, count), **protocol.APPENDIX_D)
     return float(found.log_likelihood.mean()), float(found.log_likelihood.std() / count**0.5)
 
 
@@ -114,7 +111,9 @@ def held_against(vae, split, count):
         "images": len(apart),
         "value_nats": float(truth.log_likelihood.mean()),
         "appendix_d": float(found.log_likelihood.mean()),
-        "as_in_curves": float(hmc_likelihood(vae, batch, **CURVES).log_likelihood.mean()),
+        "as_in_curves": float(
+            hmc_likelihood(vae, batch, **protocol.APPENDIX_D).log_likelihood.mean()
+        ),
         "monte_carlo_error": float(found.monte_carlo_error.square().sum().sqrt() / len(apart)),
         "within_3_errors": float(
             (apart.abs() < 3 * found.monte_carlo_error + 0.01).double().mean()
@@ -124,12 +123,13 @@ def held_against(vae, split, count):
 
 def report(results, checks, options):
     """The picture, and the tables."""
-    if not results.rows:
+    chosen = reporting.chosen(results.rows, options)
+    if not chosen:
         reporting.write("figure3", "", options)
         return
-    chosen = reporting.chosen(results.rows, options)
-    picture = reporting.draw(chosen, PANELS, figure="3", columns=2)
-    FigureCanvasAgg(picture).print_png(str(options.out / "figure3.png"))
+    panels = {row["panel"]: (row["panel"], "static") for row in chosen}
+    picture = reporting.draw(chosen, panels, figure="3", columns=2)
+    FigureCanvasAgg(picture).print_png(str(reporting.file_of("figure3", options)))
     parts = [
         f"*{split}*\n\n{reporting.table(results.rows, figure='3', at=POINTS, split=split)}"
         for split in ("test", "train")
@@ -138,12 +138,12 @@ def report(results, checks, options):
         "| model | quadrature | Appendix D | its error | within 3 errors | as in the curves |",
         "|---|---|---|---|---|---|",
     ]
-    for row in checks.rows:
+    for row in reporting.chosen(checks.rows, options):
         lines.append(
             f"| {row['panel']}, {row['method']} | {row['value_nats']:.2f} "
             f"| {row['appendix_d']:.2f} | {row['monte_carlo_error']:.2f} "
             f"| {row['within_3_errors']:.0%} of {row['images']} "
-            f"| {reporting.number(row.get('as_in_curves'))} |"
+            f"| {reporting.number(row.get('as_in_curves'), 2)} |"
         )
     parts += [reporting.ordered(chosen, figure="3", primary=["static"]), "\n".join(lines)]
     reporting.write("figure3", "\n\n".join(part for part in parts if part), options)
@@ -169,13 +169,10 @@ def main():
         data = protocol.load("static", options)
         splits = {"train": protocol.some(data.train, rows), "test": data.test}
 
-        file = protocol.weights(options, about["panel"], method, "static")
-
-        def keep(curve, vae, key=key, test=data.test, file=file):
+        def keep(curve, vae, key=key, test=data.test):
             check = held_against(vae, test, options.checked)
             checks.add([{**key, **check, "budget": round(options.samples)}])
             results.add(curve)
-            save(vae, file)
 
         how = {"value": partial(estimate, options.images), "points": POINTS, "keep": keep}
         how["run"] = monte_carlo_em if method == "MCEM" else protocol.train

@@ -3,8 +3,8 @@
     python examples/paper/figure4_manifold.py --data-dir DATA
 
 Two latents by AEVB; a grid on the unit square goes through the inverse of the Gaussian's
-distribution function to latents, and these to the means of p(x|z). Weights that
-`figure2_lower_bound.py` has kept for so many samples are used.
+distribution function to latents, and these to the means of p(x|z). Weights
+that were kept for so many samples are used, and else trained.
 """
 
 import protocol
@@ -33,7 +33,7 @@ def main():
         vae = protocol.trained(2, hidden, options, panel=panel, binarisation=binarisation)
         with torch.no_grad():
             means = vae.decode(square(side)).mean
-        file = options.out / f"figure4_{panel.split()[0]}.png"
+        file = reporting.file_of(f"figure4_{panel.split()[0]}", options)
         plots.save(plots.manifold(means, side), file)
     files = {panel: f"figure4_{panel.split()[0]}.png" for panel in CASES}
     files = {panel: file for panel, file in files.items() if (options.out / file).exists()}

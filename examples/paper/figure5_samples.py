@@ -2,8 +2,8 @@
 
     python examples/paper/figure5_samples.py --data-dir DATA
 
-Shown is the mean of p(x|z) at draws of p(z). Weights that `figure2_lower_bound.py` has kept for so
-many samples are used.
+Shown is the mean of p(x|z) at draws of p(z). Weights that `figure2_lower_bound.py` has kept
+for so many samples are used, and else trained.
 """
 
 import protocol
@@ -23,7 +23,7 @@ def main():
         vae = protocol.trained(latent, hidden, options, panel=panel, binarisation="static")
         pyro.set_rng_seed(options.seed)
         picture = plots.grid(vae.sample(SIDE**2, mean=True), columns=SIDE)
-        plots.save(picture, options.out / f"figure5_{latent}.png")
+        plots.save(picture, reporting.file_of(f"figure5_{latent}", options))
     drawn = [k for k in LATENTS if (options.out / f"figure5_{k}.png").exists()]
     head = " | ".join(f"{k} latents" for k in drawn)
     cells = " | ".join(f"![{k} latents](results/figure5_{k}.png)" for k in drawn)

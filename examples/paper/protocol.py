@@ -44,6 +44,8 @@ from pyro_vae.svi import mode_for
 
 FOLDER = Path(__file__).resolve().parent
 BATCH, STEP_SIZES, FIRST = 100, (0.01, 0.02, 0.1), 100_000
+USUAL = {"seed": 0, "initial_scale": 0.01, "step_size": None}  # options of the page's curves
+APPENDIX_D = {"samples": 50, "chains": 4, "leapfrog": 4}  # of log p(x), where images are many
 # Where curves are evaluated: the numbers of samples of the digitised ones, and some between.
 POINTS = [
     round(mantissa * 10**power)
@@ -74,7 +76,7 @@ def arguments(about, samples=None):
         parser.add_argument("--samples", type=float, default=samples, help="training samples seen")
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--initial-scale", type=float, default=0.01, help="of all weights")
-        parser.add_argument("--step-size", type=float, help="this one, whatever is best at first")
+        parser.add_argument("--step-size", type=float, help="skip the search for one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--small", action="store_true", help="embedded digits, for a trial")
@@ -93,6 +95,8 @@ def ready(parser):
             value = getattr(options, name, None)
             setattr(options, name, most if value is None else min(value, most))
     torch.set_num_threads(options.threads)
+    if getattr(options, "step_size", None) is not None and not options.step_size > 0:
+        parser.error(f"a step size must be positive, not {options.step_size}")
     try:
         options.device = device_of(options.device)
     except ValueError as error:
@@ -285,7 +289,7 @@ def curve(make, method, splits, options, *, about, keep, points=POINTS, value=el
     folder.mkdir(parents=True, exist_ok=True)
     before = checkpoints.newest(folder) or {"rows": [], "seconds": 0.0, "run": None}
     began = time.perf_counter() - before["seconds"]
-    if options.step_size:
+    if options.step_size is not None:
         before["lr"] = options.step_size
     elif "lr" not in before:
         first = min(FIRST, options.samples / 2)
@@ -317,7 +321,11 @@ class Results:
 
     def __init__(self, file):
         self.file = file
-        self.rows = json.loads(file.read_text()) if file.exists() else []
+        self.rows = self.read()
+
+    def read(self):
+        """The rows that are in the file."""
+        return json.loads(self.file.read_text()) if self.file.exists() else []
 
     def has(self, **columns):
         """Whether a row has these values, and at least this budget."""
@@ -330,7 +338,7 @@ class Results:
     def add(self, rows):
         """Add rows in place of those of a smaller budget, and write the file."""
         curves = {identity(row) for row in rows}
-        self.rows = [row for row in self.rows if identity(row) not in curves] + rows
+        self.rows = [row for row in self.read() if identity(row) not in curves] + rows
         lines = ",\n".join(json.dumps(row) for row in self.rows)
         self.file.write_text(f"[\n{lines}\n]\n")
 
@@ -344,7 +352,7 @@ def identity(row):
 def named(options, panel, method, binarisation):
     """A name for the files of one curve."""
     about = [panel, method, binarisation, options.initial_scale, options.seed, options.samples]
-    about += [options.step_size] if options.step_size else []
+    about += [options.step_size] if options.step_size is not None else []
     return "-".join(str(each).replace(" ", "") for each in about)
 
 

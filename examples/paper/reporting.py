@@ -9,6 +9,8 @@ import protocol
 from matplotlib.figure import Figure
 from scipy import stats
 
+METHODS = ("AEVB", "wake-sleep", "MCEM")  # each with a colour of its own
+
 
 def published():
     """The digitised curves of the paper's Figures 2 and 3 (Kingma & Welling, 2013)."""
@@ -21,6 +23,17 @@ def published():
             }
             for row in csv.DictReader(file)
         ]
+
+
+def file_of(name, options):
+    """The file of a picture, which has another name where the options are not the page's."""
+    named = [str(getattr(options, each)) for each in protocol.USUAL] if other(options) else []
+    return options.out / f"{'-'.join([name, *named])}.png"
+
+
+def other(options):
+    """Whether curves were asked for that are not those of the page."""
+    return any(getattr(options, name, value) != value for name, value in protocol.USUAL.items())
 
 
 def chosen(rows, options):
@@ -56,17 +69,17 @@ def draw(rows, panels, *, figure, columns=5):
     for (title, (panel, kind)), axes in zip(panels.items(), every, strict=False):
         axes.set_axis_on()
         values = []
-        for color, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        for color, method in enumerate(METHODS):
             for width, split in ((0.9, "train"), (1.8, "test")):
                 which = {"panel": panel, "method": method, "split": split}
                 ours = line(rows, binarisation=kind, **which)
                 paper = line(theirs, figure=figure, **which)
                 style = {"color": f"C{color}", "linewidth": width}
-                label = f"{method}, {split}"
+                label = f"{method}, {split}" if ours or paper else None
                 axes.plot(list(ours), list(ours.values()), **style, label=label)
                 axes.plot(list(paper), list(paper.values()), "--", **style)
-                late = [v for each in (ours, paper) for n, v in each.items() if n >= 3e5]
-                values += late or ours.values()
+                for each in (ours, paper):
+                    values += [v for n, v in each.items() if n >= 3e5] or each.values()
         low, high = min(values), max(values)
         axes.set_ylim(low - 0.02 * (high - low) - 1, high + 0.05 * (high - low) + 1)
         axes.set_xscale("log")
@@ -165,19 +178,19 @@ def gain(rows, others):
     if len(apart) < 2:
         return "".join(f"{each:+.2f}" for each in apart)
     mean, half = np.mean(apart), stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart)
-    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+    return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}), {len(apart)} pairs"
 
 
-def number(value):
+def number(value, digits=1):
     """A value to a tenth of a nat, or a dash."""
-    return "-" if value is None else f"{value:.1f}"
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def write(section, text, options):
-    """Put a text between the marks of a section of the page, where results are the page's own."""
+    """Put a text between the marks of a section of the page, if of its results and protocol."""
     print(text or f"there are no results in {options.out}")
     page = protocol.FOLDER / "README.md"
-    if not text or options.out.resolve() != protocol.FOLDER / "results":
+    if not text or other(options) or options.out.resolve() != protocol.FOLDER / "results":
         return
     first, last = f"<!-- {section} writes from here -->", "<!-- to here -->"
     before, rest = page.read_text().split(first)
