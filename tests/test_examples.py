@@ -468,7 +468,7 @@ def test_appendix_f_pays_for_the_weights(tmp_path):
     assert all(one > other for one, other in zip(local, whole, strict=True))
     assert local[-1] > local[0] + 1
     assert whole[-1] > whole[0] + 2
-    assert len(curves["weights inferred", "test, log p(x|w)"]) == 1  # at the end
+    assert len(curves["weights inferred", "test, log p(x)"]) == 1  # at the end
 
 
 def test_appendix_f_gives_the_likelihood_at_its_weights(monkeypatch):

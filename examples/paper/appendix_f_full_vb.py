@@ -32,7 +32,7 @@ from pyro_vae.vae import declare
 LATENT, HIDDEN, ROWS, DRAWS = 3, 100, 1000, 10
 STEP_SIZE = 1e-3  # of Adam, where none is given
 METHODS = ["point estimate", "weights inferred"]
-STYLES = {"train": "--", "test": "-", "test, log p(x|w)": "o", "train, with weights": ":"}
+STYLES = {"train": "--", "test": "-", "test, log p(x)": "o", "train, with weights": ":"}
 MARGINAL = [100_000, 300_000, 1_000_000, 3_000_000, 10_000_000]  # where log p(x|w) is estimated
 
 
@@ -142,7 +142,7 @@ def curve(method, splits, options, about):
     for seen, _ in run:
         found = values(pair, splits)
         if seen in MARGINAL or seen >= options.samples:
-            found["test, log p(x|w)"] = marginal(pair, images)
+            found["test, log p(x)"] = marginal(pair, images)
         kept += [
             {**about, "split": name, "training_samples": seen, "value_nats": value}
             for name, value in found.items()
