@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -329,7 +330,8 @@ def test_our_methods_come_in_the_published_order(monkeypatch):
     reporting = importlib.import_module("reporting")
     how = {"figure": "2", "primary": ["static", "none, random split"]}
     rows = json.loads((EXAMPLES / "paper" / "results" / "figure2.json").read_text())
-    rows = [row for row in rows if row.get("given") is None]
+    usual = importlib.import_module("protocol").USUAL.items()
+    rows = [row for row in rows if all(row.get(name) == value for name, value in usual)]
     found = reporting.order(rows, **how)
     assert {each["order"] for each in found} == {("AEVB", "wake-sleep")}
     assert {(each["points"], each["agree"]) for each in found} == {(6, 6)}
@@ -359,6 +361,43 @@ def test_a_panel_shows_the_curves_of_its_own_binarisation(monkeypatch):
             assert both[title] in [list(line.get_ydata()) for line in each.lines]
             low, high = each.get_ylim()
             assert all(low <= value <= high for value in both[title])
+
+
+def test_other_curves_leave_the_page_and_its_pictures_alone(tmp_path, monkeypatch):
+    shutil.copytree(EXAMPLES / "paper", tmp_path / "paper")
+    monkeypatch.syspath_prepend(EXAMPLES / "paper")
+    protocol = importlib.import_module("protocol")
+    monkeypatch.setattr(protocol, "FOLDER", tmp_path / "paper")
+    kept = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    names = ["figure2_lower_bound", "figure3_marginal_likelihood", "appendix_f_full_vb"]
+    for name in names:
+        for how in (["--seed", "9"], ["--step-size", "0.1"]):
+            monkeypatch.setattr(sys, "argv", [name, "--report", "--threads", "1", *how])
+            importlib.import_module(name).main()
+    now = {each: each.read_bytes() for each in tmp_path.rglob("*") if each.is_file()}
+    assert {each: now.pop(each) for each in kept} == kept
+    # There is a curve of Figure 2 with that step size, and none with that seed.
+    assert [each.name for each in now] == ["figure2_MNIST-0-0.01-0.1.png"]
+
+
+def test_two_scripts_do_not_lose_each_others_curves(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "paper")
+    protocol = importlib.import_module("protocol")
+    one, other = (protocol.Results(tmp_path / "rows.json") for _ in range(2))
+    one.add([{"method": "AEVB", "budget": 1}])
+    other.add([{"method": "wake-sleep", "budget": 1}])
+    assert [row["method"] for row in other.read()] == ["AEVB", "wake-sleep"]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_a_step_size_that_is_not_positive_is_refused(value, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES / "paper")
+    protocol = importlib.import_module("protocol")
+    monkeypatch.setattr(sys, "argv", ["script", "--small", f"--step-size={value}"])
+    with pytest.raises(SystemExit) as stop:
+        protocol.ready(protocol.arguments("A trial.", 1000))
+    assert stop.value.code == 2
+    assert f"a step size must be positive, not {float(value)}" in capsys.readouterr().err
 
 
 def test_a_larger_budget_runs_a_curve_anew_and_a_smaller_one_does_not(tmp_path):

@@ -133,7 +133,7 @@ def test_a_section_on_the_paper_is_what_its_results_give(
     monkeypatch.setattr(sys, "argv", words)
     importlib.import_module(script).main()
     printed = capsys.readouterr().out.strip()
-    none = f"there are no results in {tmp_path / 'results'}"
+    none = f"there are no such results in {tmp_path / 'results'}"
     page = (folder / "README.md").read_text()
     shown = page.split(f"<!-- {section} writes from here -->")[1].split("<!-- to here -->")[0]
     assert shown.strip() == ("" if printed == none else printed)

@@ -25,7 +25,6 @@ from torch import nn
 from torch.func import functional_call
 
 from pyro_vae import VAE, likelihoods, priors
-from pyro_vae.annealing import hmc_likelihood
 from pyro_vae.objectives import Trace_ELBO
 from pyro_vae.vae import declare
 
@@ -110,10 +109,7 @@ def vaes_of(pair, draws):
 
 def marginal(pair, images):
     """Log p(x|w) of some images, at the point estimate or at two draws of the weights."""
-    found = [
-        hmc_likelihood(vae.eval(), images, **protocol.APPENDIX_D).log_likelihood
-        for vae in vaes_of(pair, 2)
-    ]
+    found = [protocol.appendix_d(vae, images) for vae in vaes_of(pair, 2)]
     return float(torch.stack(found).mean())
 
 

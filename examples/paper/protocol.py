@@ -36,6 +36,7 @@ from pyro_vae import (
     posteriors,
     priors,
 )
+from pyro_vae.annealing import hmc_likelihood
 from pyro_vae.identity import generators, set_generators
 from pyro_vae.objectives import Trace_ELBO, WakeSleep
 from pyro_vae.optimizers import optimizer_of
@@ -44,8 +45,7 @@ from pyro_vae.svi import mode_for
 
 FOLDER = Path(__file__).resolve().parent
 BATCH, STEP_SIZES, FIRST = 100, (0.01, 0.02, 0.1), 100_000
-USUAL = {"seed": 0, "initial_scale": 0.01, "step_size": None}  # options of the page's curves
-APPENDIX_D = {"samples": 50, "chains": 4, "leapfrog": 4}  # of log p(x), where images are many
+USUAL = {"seed": 0, "initial_scale": 0.01, "given": None}  # what the page's curves have asked for
 # Where curves are evaluated: the numbers of samples of the digitised ones, and some between.
 POINTS = [
     round(mantissa * 10**power)
@@ -74,8 +74,9 @@ def arguments(about, samples=None):
     parser.add_argument("--data-dir", help="folder of the data sets")
     if samples:
         parser.add_argument("--samples", type=float, default=samples, help="training samples seen")
-        parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--initial-scale", type=float, default=0.01, help="of all weights")
+        parser.add_argument("--seed", type=int, default=USUAL["seed"])
+        scale = USUAL["initial_scale"]
+        parser.add_argument("--initial-scale", type=float, default=scale, help="of all weights")
         parser.add_argument("--step-size", type=float, help="skip the search for one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -345,7 +346,7 @@ class Results:
 
 def identity(row):
     """What a row and the others of its curve have in common."""
-    keys = ("figure", "panel", "method", "seed", "binarisation", "initial_scale", "given")
+    keys = ("figure", "panel", "method", "binarisation", *USUAL)
     return tuple(row.get(key) for key in keys)
 
 
@@ -380,9 +381,15 @@ def trained(latent, hidden, options, *, panel, binarisation):
 
 
 def asked(options):
-    """The columns by which curves of the same panel and method differ: what was asked for."""
+    """The columns of `USUAL`, as the options have them; ``given`` is a step size that was."""
     how = {"seed": options.seed, "initial_scale": options.initial_scale}
     return {**how, "given": options.step_size}
+
+
+def appendix_d(vae, images):
+    """Estimate log p(x) of each image by Appendix D with few chains, where images are many."""
+    found = hmc_likelihood(vae.eval(), images, samples=50, chains=4, leapfrog=4)
+    return found.log_likelihood
 
 
 def likelihood(vae, split, options):

@@ -27,13 +27,13 @@ def published():
 
 def file_of(name, options):
     """The file of a picture, which has another name where the options are not the page's."""
-    named = [str(getattr(options, each)) for each in protocol.USUAL] if other(options) else []
-    return options.out / f"{'-'.join([name, *named])}.png"
+    named = protocol.asked(options).values() if other(options) else []
+    return options.out / f"{'-'.join([name, *map(str, named)])}.png"
 
 
 def other(options):
-    """Whether curves were asked for that are not those of the page."""
-    return any(getattr(options, name, value) != value for name, value in protocol.USUAL.items())
+    """Whether curves other than the page's were asked for; tables have no such options."""
+    return hasattr(options, "seed") and protocol.asked(options) != protocol.USUAL
 
 
 def chosen(rows, options):
@@ -103,7 +103,7 @@ def table(rows, *, figure, at, split="test"):
     ]
     for key in dict.fromkeys(protocol.identity(row) for row in rows):
         own = [row for row in rows if protocol.identity(row) == key]
-        _, panel, method, seed, binarisation, scale, given = key
+        _, panel, method, binarisation, seed, scale, given = key
         ours = line(own, split=split)
         paper = line(theirs, figure=figure, panel=panel, method=method, split=split)
         cells = [
@@ -188,7 +188,7 @@ def number(value, digits=1):
 
 def write(section, text, options):
     """Put a text between the marks of a section of the page, if of its results and protocol."""
-    print(text or f"there are no results in {options.out}")
+    print(text or f"there are no such results in {options.out}")
     page = protocol.FOLDER / "README.md"
     if not text or other(options) or options.out.resolve() != protocol.FOLDER / "results":
         return
