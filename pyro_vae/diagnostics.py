@@ -52,10 +52,10 @@ class Decomposition:
         marginal_kl: ``KL(q(z) || p(z))``.
         log_count: log N.
         dimension_kl: ``KL(q(z_i|x) || p(z_i))`` of each dimension, ``(latent,)``, where both
-            factorise and it is known in closed form; else None.
+            factorise and it is known in closed form, later sites given the earlier; else None.
         unit_variance: Variance over the data of the mean of each unit, ``(latent,)``.
-        total_correlation: ``KL(q(z) || prod_i q(z_i))``, where q(z|x) and the prior factorise;
-            else None.
+        total_correlation: ``KL(q(z) || prod_i q(z_i))``, where there is one site, and q(z|x)
+            and the prior factorise; else None.
         marginal_dimension_kl: ``KL(q(z_i) || p(z_i))`` of each dimension, ``(latent,)``, likewise.
     """
 
@@ -131,8 +131,8 @@ class Calibration:
     """Ranks of simulated latents among draws of q, which are uniform if q is the posterior.
 
     Attributes:
-        ranks: ``(simulations, latent + 1)``, each from 0 to `draws`; the last column ranks
-            log p(x,z).
+        ranks: ``(simulations, latent + 1)``, each from 0 to `draws`, with ties, as of discrete
+            latents, in random order; the last column ranks log p(x,z).
         draws: Draws of q for each simulation.
         alpha: Probability that an exact posterior fails the test, over all columns together.
     """
@@ -144,12 +144,13 @@ class Calibration:
     @property
     def p_values(self) -> Tensor:
         """Of a chi-squared test of uniformity in each column, ``(latent + 1,)``."""
-        edges = torch.linspace(0, self.draws + 1, _BINS + 1).round().to(self.ranks.dtype)
+        edges = torch.linspace(0, self.draws + 1, _BINS + 1).round().to(self.ranks)
         expected = edges.diff().double() / (self.draws + 1) * len(self.ranks)
         values = []
         for column in self.ranks.T.contiguous():
             counts = torch.bucketize(column, edges, right=True).sub(1).bincount(minlength=_BINS)
-            values.append(scipy.stats.chisquare(counts.numpy(force=True), expected.numpy()).pvalue)
+            found = counts.numpy(force=True), expected.numpy(force=True)
+            values.append(scipy.stats.chisquare(*found).pvalue)
         return torch.tensor(values, dtype=torch.float64)
 
     @property
@@ -172,12 +173,17 @@ class PredictiveCheck:
 
     @property
     def p_values(self) -> dict[str, float]:
-        """Two-sided tail probabilities of the observed values among the replicated."""
+        """Two-sided tail probabilities of the observed values among the replicated.
+
+        NaN where one of these values is.
+        """
         values = {}
         for name, draws in self.replicated.items():
             above = int((draws >= self.observed[name]).sum())
             below = int((draws <= self.observed[name]).sum())
             values[name] = min(1.0, 2 * (min(above, below) + 1) / (len(draws) + 1))
+            if math.isnan(self.observed[name]) or draws.isnan().any():
+                values[name] = math.nan
         return values
 
 
@@ -225,8 +231,8 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
     each = _marginals(programs, chosen, z, few)
     means = [programs.draw(part, 100).mean(0) for part in _cut(batch, latent * 100)]
     # The mean of 100 draws varies by a hundredth of q's variance more than the mean does.
-    noise = [programs.draw(part, 100).var(0).mean(0) / 100 for part in _cut(batch, latent * 100)]
-    variance = torch.cat(means).var(0) - torch.stack(noise).mean(0)
+    noise = [programs.draw(part, 100).var(0) / 100 for part in _cut(batch, latent * 100)]
+    variance = torch.cat(means).var(0) - torch.cat(noise).mean(0)
     return Decomposition(
         float(halves.reconstruction.mean()),
         float(halves.kl.mean()),
@@ -280,14 +286,7 @@ def calibration(
     given = next(batches(data))
     programs = Programs(pair, given)
     latent = programs.need_vectors("calibration")
-    law = programs.observed["fn"]
-    while isinstance(law, Independent):
-        law = law.base_dist
-    if isinstance(law, GreyscaleBernoulli):
-        raise ValueError(
-            "a Bernoulli of grey levels draws black and white where the encoder sees grey: train "
-            "on binarised data to look at its calibration"
-        )
+    _need_draws(programs, "calibration")
     rows = torch.arange(simulations, device=given[0].device) % len(given[0])
     batch, z = programs.simulate(tuple(tensor[rows] for tensor in given))
     ranks = []
@@ -296,7 +295,7 @@ def calibration(
         part = tuple(tensor[start : start + size] for tensor in batch)
         true, drawn = z[:, start : start + size], programs.draw(part, draws)
         scores = programs.log_joint(part, torch.cat([true, drawn]))
-        columns = (drawn < true).sum(0), (scores[1:] < scores[0]).sum(0)[:, None]
+        columns = _rank(true, drawn), _rank(scores[:1], scores[1:])[:, None]
         ranks.append(torch.cat(columns, 1))
     assert ranks[0].shape[1] == latent + 1
     return Calibration(torch.cat(ranks), draws, alpha)
@@ -318,10 +317,12 @@ def predictive_check(
         pair: Module with methods ``model`` and ``guide``.
         data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches.
         statistics: By name, functions from data ``(N, *shape)`` to a number.
-        simulations: Data sets to draw, each with as many data under the same context.
+        simulations: Data sets to draw, each with as many data under the same context, and with
+            holes (NaN) where the data have them.
 
     Raises:
-        ValueError: No simulations, or no data.
+        ValueError: No simulations, no data, or a likelihood that draws no data of the kind it
+            scores.
 
     Example:
         >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
@@ -339,9 +340,11 @@ def predictive_check(
         raise ValueError(f"a predictive check takes at least 1 simulation, not {simulations}")
     batch = joined(data)
     programs = Programs(pair, batch)
+    _need_draws(programs, "predictive checks")
+    holes = batch[0].isnan()
     drawn: dict[str, list[float]] = {name: [] for name in statistics}
     for _ in range(simulations):
-        x = programs.simulate(batch)[0][0]
+        x = programs.simulate(batch)[0][0].where(~holes, batch[0])
         for name, statistic in statistics.items():
             drawn[name].append(float(statistic(x)))
     observed = {name: float(statistic(batch[0])) for name, statistic in statistics.items()}
@@ -395,6 +398,28 @@ def to_arviz(pair: Pair, data: Rows, *, draws: int = 100, samples: int = 1000) -
     return arviz.from_dict(**groups)
 
 
+def _need_draws(programs: Programs, what: str) -> None:
+    """Refuse a likelihood that scores other data than it draws.
+
+    Raises:
+        ValueError: It is a Bernoulli of grey levels.
+    """
+    law = programs.observed["fn"]
+    while isinstance(law, Independent):
+        law = law.base_dist
+    if isinstance(law, GreyscaleBernoulli):
+        raise ValueError(
+            f"a Bernoulli of grey levels draws black and white where the data are grey: train on "
+            f"binarised data for {what}"
+        )
+
+
+def _rank(true: Tensor, drawn: Tensor) -> Tensor:
+    """How many of the draws ``(K, ...)`` lie below one ``(1, ...)``; of ties some, at random."""
+    below, ties = (drawn < true).sum(0), (drawn == true).sum(0)
+    return below + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).long()
+
+
 def _cut(batch: Batch, share: int = 1) -> list[Batch]:
     """Parts of a batch, each with as many data as are decoded at a time, and at least one."""
     return _rows(batch, max(at_a_time(batch) // share, 1))
@@ -413,6 +438,8 @@ def _facing(z: Tensor, batch: Batch) -> Tensor:
 
 def _dimension_kl(programs: Programs, batch: Batch) -> Tensor | None:
     """Mean over the data of the KL of each latent dimension, where it is in closed form."""
+    if not programs.ordered:  # that of a later site is one given the earlier, in either program
+        return None
     totals = []
     for part in _cut(batch):
         values = []
@@ -433,8 +460,11 @@ def _marginals(
 ) -> tuple[Tensor, Tensor] | None:
     """``log q(z_i)``, of the mixture over all parts, and ``log p(z_i)`` at draws for a batch.
 
-    Both are ``(M, latent)``; None where prior or posterior do not factorise.
+    Both are ``(M, latent)``; None where prior or posterior do not factorise, as several sites
+    may not.
     """
+    if len(programs.sites) > 1:
+        return None
     values = [value[0] for value in programs.split(z).values()]
     mixtures, priors = list[Tensor](), list[Tensor]()
     for prior, posterior in programs.laws(batch):

@@ -438,8 +438,7 @@ class Observed(dist.TorchDistribution):
             if not self.base_dist.support.check(value.new_tensor(self.fill)).all():
                 raise ValueError(
                     f"the fill {self.fill:g} of Missing lies outside the support of "
-                    f"{type(self.base_dist).__name__} : give a value within it"
-                    f"within it"
+                    f"{type(self.base_dist).__name__}: give a value within it"
                 )
         missing = value.isnan()
         # Masking alone gives a finite score, whose gradient is 0 times NaN.

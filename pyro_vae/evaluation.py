@@ -133,11 +133,14 @@ class Estimate:
 
     Attributes:
         log_likelihood: ``log 1/K sum_k p(x,z_k) / q(z_k|x)``, ``(N,)``.
-        monte_carlo_error: Standard error of each by its draws, ``sqrt(1/ESS - 1/K)``, ``(N,)``.
+        monte_carlo_error: Standard error of each by its draws, ``sqrt(1/ESS - 1/K)``, ``(N,)``;
+            NaN for one draw.
         effective_sample_size: ``(sum_k w_k)^2 / sum_k w_k^2`` of its weights, ``(N,)``.
         pareto_k: Shape k-hat of the generalised Pareto distribution fitted to the largest of
             its weights, ``(N,)``. NaN for fewer than 25 draws, and minus infinity where these
-            weights are all equal.
+            weights are all equal. Where nothing can be fitted to them, since most are ties or
+            vanish beside the largest: infinity, or minus infinity where the effective sample
+            size is larger than their number.
         samples: Number K of draws for each datum.
         dimensions: Number of elements of a datum where x is complete, and discrete or
             dequantised, else None.
@@ -220,7 +223,7 @@ class Integral(NamedTuple):
     Attributes:
         log_likelihood: ``log of the integral of p(x,z) over z``, ``(N,)``.
         error: By how much the last refinement of the grid changed it, ``(N,)``; infinite where
-            draws of q found a density that the grid has missed.
+            draws of q found a density that the grid has missed, or the integrand has no end.
     """
 
     log_likelihood: Tensor
@@ -283,7 +286,9 @@ def log_likelihood(
         raise ValueError(f"a grey level has a width above 0, not {level}")
     programs: Programs | None = None
     parts: list[Estimate] = []
+    complete = True
     for batch in batches(data):
+        complete = complete and not bool(batch[0].isnan().any())
         programs = programs or Programs(pair, batch)
         size = chunk or at_a_time(batch)
         # Several data at once, but with so many draws of each that encoding them is cheap.
@@ -297,7 +302,7 @@ def log_likelihood(
     estimate = replace(
         joined,
         log_likelihood=joined.log_likelihood + programs.shared / len(joined.log_likelihood),
-        dimensions=_dimensions(programs, level),
+        dimensions=_dimensions(programs, level) if complete else None,
         level=1.0 if _discrete(programs) else level or 1.0,
     )
     share = float(estimate.unreliable.double().mean())
@@ -335,8 +340,13 @@ def _estimate(programs: Programs, batch: Batch, samples: int, count: int) -> Est
         largest = largest.topk(min(tail + 1, len(largest)), 0).values
     effective = (total.square() / squares).nan_to_num(0.0)
     error = (1 / effective - 1 / samples).clamp(min=0).sqrt()
+    if samples == 1:
+        error = torch.full_like(error, math.nan)
     log_p = peak + total.log() - math.log(samples)
-    return Estimate(log_p, error, effective, _pareto_k(largest, tail), samples)
+    k = _pareto_k(largest, tail)
+    if tail:  # of few values, as with discrete latents, or of one beside which others vanish
+        k = k.where(~k.isnan(), torch.where(effective > tail, -math.inf, math.inf))
+    return Estimate(log_p, error, effective, k, samples)
 
 
 def _tail(samples: int) -> int:
@@ -347,6 +357,8 @@ def _tail(samples: int) -> int:
 
 def _pareto_k(largest: Tensor, tail: int) -> Tensor:
     """Shape of a generalised Pareto distribution over the tail of log-weights ``(tail+1, N)``.
+
+    NaN where the tail is 0, or the smallest quarter of it is of ties.
 
     The profile posterior mean of Zhang & Stephens (2009), A New and Efficient Estimation Method
     for the Generalized Pareto Distribution, drawn a little to 1/2 as by Vehtari et al. (2024).
@@ -375,18 +387,18 @@ def _discrete(programs: Programs) -> bool:
 
 
 def _dimensions(programs: Programs, level: float | None) -> int | None:
-    site = programs.observed
     known = _discrete(programs) or level is not None
-    complete = not bool(site["value"].isnan().any())
-    return int(site["fn"].event_shape.numel()) if known and complete else None
+    alone = known and programs.alone
+    return int(programs.observed["fn"].event_shape.numel()) if alone else None
 
 
 @torch.no_grad()
 def quadrature(pair: Pair, data: Rows, *, tolerance: float = 1e-3) -> Integral:
     """Integrate p(x,z) over a grid of latents, for each datum its own, where there are few.
 
-    The grid spans the draws of prior and posterior, closes in on where the integrand is not
-    negligible, and is refined until the logarithm of the integral stays within `tolerance`.
+    The grid spans the draws of prior and posterior, grows while the integrand is not negligible
+    at its faces, closes in on where it is not, and is refined until the logarithm of the integral
+    stays within `tolerance`.
 
     Args:
         pair: Module with methods ``model`` and ``guide``, of at most 3 real latents.
@@ -434,14 +446,16 @@ def _integral(
     low, high = draws.amin(0).double(), draws.amax(0).double()
     low, high = low - (high - low) / 2, high + (high - low) / 2
     side = (257, 65, 33)[latent - 1]
-    for _ in range(20):
+    for _ in range(40):
         points, scores = _scored_grid(programs, batch, low, high, side)
-        inside = points[scores > scores.max() - 40]
-        step = (high - low) / (side - 1)
-        closer = inside.amin(0) - step, inside.amax(0) + step
-        shrunk = ((closer[1] - closer[0]) / (high - low)).min()
-        low, high = closer
-        if shrunk > 0.7:
+        inside, large = (points[scores > scores.max() - nats] for nats in (40, 20))
+        width = high - low
+        step = width / (side - 1)
+        below, above = large.amin(0) < low + step / 2, large.amax(0) > high - step / 2
+        beyond = (below | above).any()
+        low = inside.amin(0) - width.where(below, step)
+        high = inside.amax(0) + width.where(above, step)
+        if not beyond and ((high - low) / width).min() > 0.7:
             break
     before = _sum_grid(programs, batch, low, high, side)[0]
     while True:
@@ -452,7 +466,7 @@ def _integral(
             break
         before = value
     missed = programs.log_joint(batch, draws[:100, None]).max() > greatest + 2
-    return value, change.masked_fill(missed, math.inf)
+    return value, change.masked_fill(missed | beyond, math.inf)
 
 
 def _sum_grid(
@@ -471,5 +485,5 @@ def _scored_grid(
     unit = torch.linspace(0, 1, side, dtype=torch.float64, device=low.device)
     points = low + (high - low) * torch.cartesian_prod(*[unit] * len(low)).reshape(-1, len(low))
     size = at_a_time(batch)
-    z = points.to(batch[0].dtype)[:, None]
-    return points, torch.cat([programs.log_joint(batch, part)[:, 0] for part in z.split(size)])
+    parts = points[:, None].split(size)
+    return points, torch.cat([programs.log_joint(batch, part)[:, 0] for part in parts])

@@ -12,6 +12,7 @@ __all__ = [
     "each_datum",
     "latents",
     "need_rsample",
+    "observations",
     "single",
     "unscaled",
 ]
@@ -517,6 +518,15 @@ def latents(trace: Trace) -> list[tuple[str, Site]]:
         (name, nodes[name])
         for name in nodes
         if nodes[name]["type"] == "sample" and not nodes[name]["is_observed"]
+    ]
+
+
+def observations(trace: Trace) -> list[tuple[str, Site]]:
+    """The observed sites of a trace by name, without what `pyro.deterministic` notes down."""
+    return [
+        (name, trace.nodes[name])
+        for name in trace.observation_nodes
+        if not trace.nodes[name]["infer"].get("_deterministic")
     ]
 
 

@@ -38,6 +38,7 @@ from pyro_vae.importance import (
     data_dim,
     latents,
     need_rsample,
+    observations,
     single,
 )
 
@@ -326,9 +327,7 @@ def _still(guided: Trace) -> Trace:
 
 def _seen(modelled: Trace) -> Any:
     """The site x, the only one of each datum that a model observes."""
-    names = [
-        name for name in modelled.observation_nodes if data_dim(modelled.nodes[name]) is not None
-    ]
+    names = [name for name, site in observations(modelled) if data_dim(site) is not None]
     if names != ["x"]:
         found = ", ".join(f"'{name}'" for name in names) or "nothing"
         raise ValueError(

@@ -28,7 +28,14 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_vae.importance import Spread, data_dim, each_datum, latents, unscaled
+from pyro_vae.importance import (
+    Spread,
+    data_dim,
+    each_datum,
+    latents,
+    observations,
+    unscaled,
+)
 from pyro_vae.splits import Split
 
 Batch = tuple[Tensor, ...]
@@ -102,7 +109,9 @@ class Programs:
     Attributes:
         pair: The pair.
         sites: The latents of each datum by name, as the model has them on the batch.
-        observed: The observed site of each datum.
+        observed: The observed site of each datum, that named ``x`` where there are several.
+        alone: Whether it is the only one.
+        ordered: Whether the guide draws the latents of each datum in the model's order.
         vectorized: Whether particles are scored together.
         probe: The first data of the batch.
         shared: ``log p - log q`` of the latents outside the plate, and the log-density of
@@ -138,7 +147,7 @@ class Programs:
         frames = [f for site in _samples(modelled) for f in site["cond_indep_stack"]]
         self._rank = 1 + max([1, *(-frame.dim for frame in frames if frame.vectorized)])
         self.sites = {name: site for name, site in latents(modelled) if data_dim(site) is not None}
-        seen = [site for site in _samples(modelled) if site["is_observed"]]
+        seen = [site for _, site in observations(modelled)]
         if not seen:
             raise ValueError("the model observes no data: none of its sites has obs=x")
         seen = [site for site in seen if data_dim(site) is not None]
@@ -151,7 +160,10 @@ class Programs:
             raise ValueError(
                 f"the guide draws no site '{missing[0]}', which is latent in the model"
             )
-        self.observed = seen[0]
+        self.observed = next((site for site in seen if site["name"] == "x"), seen[0])
+        self.alone = len(seen) == 1
+        drawn = [name for name, _ in latents(guided) if name in self.sites]
+        self.ordered = drawn == list(self.sites)
 
     def _vectorizes(self, rows: Batch, count: int = 5) -> bool:
         """Whether some particles at once have the densities that they have one by one."""
@@ -303,7 +315,8 @@ class Programs:
         parts = []
         for name, site in self.sites.items():
             shape = site["fn"].event_shape
-            parts.append(values[name].expand(count, len(batch[0]), *shape).flatten(2))
+            value = values[name].expand(count, len(batch[0]), *shape)
+            parts.append(value.reshape(count, len(batch[0]), shape.numel()))
         return torch.cat(parts, -1) if parts else batch[0].new_zeros(count, len(batch[0]), 0)
 
     def _trace(

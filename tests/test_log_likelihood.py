@@ -238,6 +238,84 @@ def test_k_hat_of_equal_weights_and_of_few():
     assert _pareto_k(torch.zeros(1, 3), 0).isnan().all()
 
 
+class Sharp(nn.Module):
+    """z ~ N(0, 1), x ~ N(z, scale^2), and q is the prior."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, self.scale).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    def truth(self, x):
+        return dist.Normal(0.0, math.sqrt(1 + self.scale**2)).log_prob(x.double())[:, 0]
+
+
+class Urns(nn.Module):
+    """A latent of few values with probabilities p, drawn by q, and an x that shows nothing."""
+
+    def __init__(self, p, q):
+        super().__init__()
+        self.p, self.q = torch.tensor(p), torch.tensor(q)
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Categorical(self.p))
+            pyro.sample("x", dist.Normal(torch.zeros(1), 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Categorical(self.q))
+
+
+def test_weights_beside_which_all_others_vanish_are_not_trusted():
+    # Log-weights of draws differ by thousands, so that of 1,000 one is all.
+    with pytest.warns(UserWarning, match=r"weights of 100\.0% of the data"):
+        found = log_likelihood(Sharp(1e-3), torch.tensor([[0.5], [-1.0]]), samples=1000)
+    assert (found.effective_sample_size < 3).all()
+    assert (found.pareto_k == math.inf).all()
+
+
+def test_few_values_of_weights_are_judged_by_how_many_draws_count():
+    x = torch.zeros(3, 1)
+    even = log_likelihood(Urns([0.97, 0.03], [0.98, 0.02]), x, samples=5000)
+    assert (even.pareto_k == -math.inf).all()
+    # One value has half of the mass and about one draw in 2,000.
+    rare = log_likelihood(Urns([0.5, 0.5], [0.9995, 0.0005]), x, samples=5000)
+    assert (rare.pareto_k == math.inf).all()
+
+
+def test_one_draw_knows_nothing_of_its_error():
+    found = log_likelihood(Sharp(1.0), torch.zeros(2, 1), samples=1)
+    assert found.monte_carlo_error.isnan().all()
+
+
+def test_quadrature_goes_where_no_draw_has_been():
+    x = torch.tensor([[0.0], [7.0], [-9.0], [30.0]])
+    pair = Sharp(0.1)
+    found = quadrature(pair, x)
+    assert torch.allclose(found.log_likelihood, pair.truth(x), atol=2e-3)
+    assert (found.error <= 1e-3).all()
+
+
+def test_quadrature_of_counts_is_that_of_real_latents():
+    encoder = MLP(1, [], (2, 1), transform=lambda x: x.double().log1p())
+    vae = VAE(priors.Normal(1), likelihoods.Poisson(nn.Linear(1, 1)), posteriors.Normal(encoder))
+    counts = torch.tensor([[3], [0]])
+    z = torch.linspace(-9, 9, 20_001, dtype=torch.float64)[:, None, None]
+    with torch.no_grad():
+        scores = vae.prior().log_prob(z) + vae.decode(z).log_prob(counts.to(z))
+    truth = torch.trapezoid(scores.exp(), z[:, 0], dim=0).log()
+    assert torch.allclose(quadrature(vae, counts).log_likelihood, truth, atol=2e-3)
+
+
 class Rigid(nn.Module):
     """A decoder that takes matrices only."""
 
@@ -321,6 +399,41 @@ def test_bits_are_for_discrete_data_only():
     assert estimate.bits_per_dimension == pytest.approx(-estimate.mean / 9 / math.log(2))
     vae.likelihood = likelihoods.Bernoulli(vae.likelihood.network, greyscale=True)
     assert log_likelihood(vae, x, samples=30).bits_per_dimension is None
+
+
+def test_there_are_no_bits_where_any_datum_is_incomplete():
+    encoder = MLP(9, [], (2, 2), transform=torch.nan_to_num)
+    likelihood = likelihoods.Missing(likelihoods.Bernoulli(MLP(2, [], 9)))
+    vae = VAE(priors.Normal(2), likelihood, posteriors.Normal(encoder))
+    x = (torch.rand(6, 9) > 0.5).double()
+    assert log_likelihood(vae, x, samples=30).dimensions == 9
+    x[5, 3] = math.nan
+    for given in (x, [(x[:4],), (x[4:],)]):
+        assert log_likelihood(vae, given, samples=30).bits_per_dimension is None
+
+
+class Noted(nn.Module):
+    """x ~ Poisson(exp z) beside a note of its mean and a label, both seen before it."""
+
+    def model(self, x, label):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            mean = pyro.deterministic("mean", z.exp(), event_dim=1)
+            pyro.sample("label", dist.Bernoulli(logits=z[..., 0]), obs=label)
+            pyro.sample("x", dist.Poisson(mean).to_event(1), obs=x)
+
+    def guide(self, x, label):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+
+def test_x_is_what_is_drawn_and_scored_whatever_else_is_noted_or_observed():
+    x, label = torch.tensor([[3.0], [0.0]]), torch.ones(2)
+    noted = Programs(Noted(), (x, label))
+    assert noted.observed["name"] == "x"
+    drawn, _ = noted.simulate((x, label))
+    assert torch.equal(drawn[0], drawn[0].round())
+    assert log_likelihood(Noted(), (x, label), samples=30).bits_per_dimension is None
 
 
 def test_bits_of_dequantised_levels_bound_those_of_the_levels():
