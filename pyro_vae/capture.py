@@ -24,7 +24,7 @@ import torch
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from torch import Tensor, fx
 from torch._decomp import get_decompositions
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -34,6 +34,16 @@ from pyro_vae.replay import replayed
 from pyro_vae.scoring import validation
 
 _aten = torch.ops.aten
+# What makes of a tensor a value of Python's.
+_READS = (
+    Tensor.__bool__,
+    Tensor.__int__,
+    Tensor.__float__,
+    Tensor.__index__,
+    Tensor.__complex__,
+    Tensor.item,
+    Tensor.tolist,
+)
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 
 
@@ -208,6 +218,10 @@ class _Recording(TorchFunctionMode):
             if function is Tensor.item:
                 return result
             return tree_map_only(Tensor, lambda each: _marked(each, origins), result)
+        # Of what is computed in the graph torch refuses all of them but an index.
+        held = function in _READS and not isinstance(args[0], FakeTensor)
+        if (held or function is Tensor.__index__) and not _warns(sys._getframe(1)):
+            raise NotImplementedError("the value of a tensor that it holds is no part of a graph")
         if function is Tensor.item and args[0].is_floating_point():
             return args[0].detach().double()  # as a Python number would be
         if function is Tensor.backward:
@@ -369,13 +383,22 @@ def _changed(module: fx.GraphModule, held: Sequence[Tensor]) -> Set[int]:
     """Identities of the held tensors that an operation writes to."""
     nodes = [node for node in module.graph.nodes if node.op == "placeholder"][-len(held) :]
     written = {
-        node.args[index]
+        _origin(node.args[index])
         for node in module.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
         for index, each in enumerate(node.target._schema.arguments[: len(node.args)])
         if each.is_write or (node.target is _aten.native_batch_norm.default and index in (3, 4))
     }
     return {id(value) for node, value in zip(nodes, held, strict=False) if node in written}
+
+
+def _origin(value: Any) -> Any:
+    """The node whose memory another one shows, or has written to."""
+    while isinstance(value, fx.Node) and isinstance(value.target, torch._ops.OpOverload):
+        if value.target._schema.arguments[0].alias_info is None:
+            break
+        value = value.args[0]
+    return value
 
 
 def _rewritten() -> dict[Any, Callable[..., Any]]:

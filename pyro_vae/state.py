@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["append_state", "kind", "numbers", "reached", "restored", "unassigned", "undrawn"]
+__all__ = [
+    "FLOATS",
+    "append_state",
+    "kind",
+    "numbers",
+    "reached",
+    "restored",
+    "unassigned",
+    "undrawn",
+]
 
 import contextlib
 import inspect
 import random
 from collections.abc import Iterator, Sequence
 from functools import partial
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -18,6 +27,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_vae.capture import NotCapturableError
+
+FLOATS = (float, np.floating)  # inputs of a graph, as tensors are
+_TABLES = frozenset(vars(nn.Module()))  # in which a module has what is in it
 
 
 def reached(*programs: Any) -> Iterator[nn.Module | Tensor]:
@@ -34,27 +46,45 @@ def reached(*programs: Any) -> Iterator[nn.Module | Tensor]:
             queue += [each.func, *each.args, *each.keywords.values()]
         elif isinstance(each, MethodType):
             owner = each.__self__
-            queue += [owner, each.__func__, *getattr(owner, "__dict__", {}).values()]
+            attributes = getattr(owner, "__dict__", {}).items()
+            queue += [owner, each.__func__]
+            queue += [value for name, value in attributes if name not in _TABLES]
         elif isinstance(each, FunctionType):
             if inspect.unwrap(each) is not each:
                 queue.append(inspect.unwrap(each))
             if each.__module__.partition(".")[0] not in ("pyro", "torch"):
-                queue += _named(each)
+                queue += _named(each, each.__code__)
+        elif isinstance(each, (dict, list, tuple)):
+            within = each.values() if isinstance(each, dict) else each
+            queue += [one for one in within if isinstance(one, (nn.Module, Tensor))]
+        elif _is_program(each):
+            queue += [type(each).__call__, *vars(each).values()]
 
 
-def _named(function: FunctionType) -> Iterator[Any]:
-    """What a function names outside of itself."""
+def _is_program(value: Any) -> bool:
+    """Whether a value is called by a method that is written in Python, and no class."""
+    if isinstance(value, type) or not callable(value) or not hasattr(value, "__dict__"):
+        return False
+    return isinstance(type(value).__call__, FunctionType)
+
+
+def _named(function: FunctionType, code: CodeType) -> Iterator[Any]:
+    """What a function, or one within it, names outside of itself."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # of a cell that is still empty
             yield cell.cell_contents
-    for name in function.__code__.co_names:
+    for name in code.co_names:
         if name in function.__globals__:
             yield function.__globals__[name]
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _named(function, inner)
 
 
 def append_state(module: nn.Module, state: list[Any]) -> None:
     """Append what a graph depends on in a module: cheap, since it is asked before each step."""
-    state.append(module.training)
+    state += [module, module.training, *module._forward_hooks, *module._forward_pre_hooks]
+    state += module.__dict__.get("_pyro_samples", {}).values()
     for parameter in module._parameters.values():
         if parameter is not None:
             state += [id(parameter), parameter.requires_grad, parameter.dtype, parameter.device]
@@ -69,7 +99,7 @@ def kind(leaf: Any) -> Any:
     """What an argument must have in common with that of a graph."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    if isinstance(leaf, float):
+    if isinstance(leaf, FLOATS):
         return float
     plain = leaf is None or isinstance(leaf, (bool, int, str))
     return type(leaf), leaf if plain else id(leaf)

@@ -21,6 +21,7 @@ import torch
 from pyro import poutine
 from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -30,6 +31,7 @@ from pyro_vae.optimizers import Share, stepper, update
 from pyro_vae.pairs import undisturbed
 from pyro_vae.scoring import validation
 from pyro_vae.state import (
+    FLOATS,
     append_state,
     kind,
     numbers,
@@ -64,7 +66,8 @@ class CompiledSVI:
     argument but floats, which are inputs of the graph, and one state of the modules that the
     programs belong to: training or evaluation, frozen or trained, and which parameters they
     have. Another one is captured anew, and the last eight are kept. A program that has no one
-    graph, since it branches on values or enumerates, is told of once and runs eagerly.
+    graph, since it branches on values or enumerates, is told of once and runs eagerly, as does a
+    call under handlers of Pyro's, such as ``with poutine.scale(scale=0.1):``.
 
     On a GPU a graph all of whose tensors lie there, but for single numbers, becomes a CUDA graph:
     its kernels start together. One that waits for the GPU stays as it is. `loss_and_grads` leaves
@@ -160,11 +163,18 @@ class CompiledSVI:
         return loss
 
     def loss_and_grads(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss and leave gradients with the parameters, in place of earlier ones."""
+        """Return the loss and leave gradients with the parameters, in place of earlier ones.
+
+        Parameters are those of the programs' sites: others have no gradient in a graph.
+        """
         return self._run("loss_and_grads", args, kwargs)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss, a tensor without gradient, and change nothing."""
+        """Return the loss, a tensor without gradient, and take no step.
+
+        As with `pyro.infer.SVI`, draws come from torch's generator, and what a module does in
+        training, such as batch normalisation, it does here: call ``eval()`` before.
+        """
         with torch.no_grad():
             return self._run("loss", args, kwargs)
 
@@ -198,7 +208,7 @@ class CompiledSVI:
         """What a graph depends on and does not take as an input."""
         if self.mode == "eager":
             return None
-        state = [torch.get_default_dtype(), *_precision(), *map(kind, leaves)]
+        state = [bool(_PYRO_STACK), torch.get_default_dtype(), *_precision(), *map(kind, leaves)]
         for module in self._modules:
             append_state(module, state)
         if self._stored:
@@ -215,11 +225,12 @@ class CompiledSVI:
                 f"before: call recapture() to go on with the new one, or make a new CompiledSVI"
             )
         parameters, changing = self._rehearse(method, leaves, structure)
+        captures = self.mode != "eager" and not _PYRO_STACK
         if method != "loss_and_grads":
             parameters = {}
-        elif self.mode != "eager":
+        elif captures:
             self._follow(parameters)
-        if self.mode != "eager":
+        if captures:
             try:
                 if changing:
                     raise NotCapturableError(f"its attribute '{changing}' changes with every run")
@@ -248,13 +259,20 @@ class CompiledSVI:
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         traced = poutine.trace(param_only=True)
         checked = validation(True) if self.validate else contextlib.nullcontext()
+        stored = dict(pyro.get_param_store().named_parameters()).values()
+        kept = [(each, each.grad) for each in (*modules.parameters(), *stored, *tensors)]
+        for each, _ in kept:
+            each.grad = None
         with undisturbed(modules, tensors), restored(self._loose(loss)), checked, traced:
             value = getattr(loss, method)(self.model, self.guide, *args, **kwargs)
+        for each, gradient in kept:
+            each.grad = gradient
         if isinstance(value, tuple):
             raise TypeError(f"the losses of {type(loss).__name__} are several: use pyro.infer.SVI")
         parameters = _unique(traced.trace)
-        for parameter in parameters.values():
-            parameter.grad = None
+        if method == "loss_and_grads":  # whose gradients come in place of earlier ones
+            for parameter in parameters.values():
+                parameter.grad = None
         after = numbers(held)
         if math.isinf(self.loss.max_plate_nesting):
             self.loss.max_plate_nesting = loss.max_plate_nesting  # which the run has found out
@@ -264,21 +282,21 @@ class CompiledSVI:
     def _held(self, loss: ELBO) -> list[Any]:
         """The objects whose attributes may be state that a graph cannot have."""
         modules = nn.ModuleList(self._modules).modules()
-        return [loss, *(each for each in vars(loss).values() if isinstance(each, ELBO)), *modules]
+        return [*_elbos(loss), *modules]
 
     def _loose(self, loss: ELBO) -> list[Tensor]:
         """Tensors within reach that a run may change in place."""
         values = [
             *self._tensors,
             *(buffer for module in self._modules for buffer in module.buffers()),
-            *(value for each in self._held(loss)[:2] for value in vars(each).values()),
+            *(value for each in _elbos(loss) for value in vars(each).values()),
         ]
         return [each for each in values if isinstance(each, Tensor) and not each.requires_grad]
 
     def _captured(
         self, method: str, leaves: Sequence[Any], structure: Any, parameters: Sequence[Tensor]
     ) -> Run:
-        tensors = [isinstance(leaf, (Tensor, float)) for leaf in leaves]
+        tensors = [isinstance(leaf, (Tensor, *FLOATS)) for leaf in leaves]
 
         def objective(*inputs: Tensor) -> Any:
             given = iter(inputs)
@@ -302,8 +320,10 @@ class CompiledSVI:
         if not graph.changed <= {id(each) for each in loose}:
             raise NotCapturableError("it changes a tensor in place that is kept out of sight")
         function = self._function(graph, inputs)
+        known = [leaf for free, leaf in zip(tensors, leaves, strict=True) if not free]
 
-        def run(leaves: Sequence[Any]) -> Tensor:
+        def run(leaves: Sequence[Any], known: Sequence[Any] = known) -> Tensor:
+            # What is known by its identity stays alive, so that no other comes to have it.
             loss, *gradients = function(*_inputs(leaves, device))
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -408,6 +428,12 @@ def _compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
+def _elbos(loss: ELBO) -> list[ELBO]:
+    """An objective, and those that it is made of, however deep."""
+    inner = [each for each in vars(loss).values() if isinstance(each, ELBO)]
+    return [loss, *(each for one in inner for each in _elbos(one))]
+
+
 def _leaves(args: Any, kwargs: Any) -> tuple[Sequence[Any], Any]:
     """The leaves of arguments, and their structure: None for tensors one after the other."""
     if not kwargs and all(isinstance(each, Tensor) for each in args):
@@ -427,8 +453,8 @@ def _inputs(leaves: Sequence[Any], device: torch.device | None) -> list[Tensor]:
     """
     found = list[Tensor]()
     for leaf in leaves:
-        if isinstance(leaf, float):
-            found.append(torch.full((), leaf, dtype=torch.float64, device=device))
+        if isinstance(leaf, FLOATS):
+            found.append(torch.full((), float(leaf), dtype=torch.float64, device=device))
         elif isinstance(leaf, Tensor):
             moves = device is not None and leaf.device.type == "cpu" and not leaf.dim()
             if moves and not leaf.requires_grad:

@@ -4,11 +4,13 @@ import math
 import warnings
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import torch.distributions.constraints as constraints
+from pyro import poutine
 from pyro.infer import (
     SVI,
     ReweightedWakeSleep,
@@ -38,6 +40,7 @@ from pyro_vae.capture import _log1p
 from pyro_vae.objectives import IWAE, BetaELBO, FreeBits, Renyi, WakeSleep
 from pyro_vae.optimizers import optimizer_of, update
 from pyro_vae.svi import mode_for
+from pyro_vae.vae import declare
 
 X = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.2, -0.3], [0.1, 0.9, -1.2], [2.0, 0.3, 0.7]])
 STEP = partial(SGD, lr=1e-3)
@@ -487,6 +490,224 @@ def test_replaced_parameters_are_refused_until_recaptured():
     assert not any(map(torch.equal, before, vae.posterior.parameters()))
     stepped = [p for group in svi.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in stepped} == {id(p) for p in vae.parameters()}
+
+
+def swap(vae):
+    vae.posterior.network.activation = nn.Tanh()
+
+
+def hook(vae):
+    vae.likelihood.network.register_forward_hook(lambda *_: 3 * _[-1])
+
+
+def hook_before(vae):
+    vae.likelihood.network.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+
+
+@pytest.mark.parametrize("change", [swap, hook, hook_before])
+def test_a_network_that_was_changed_is_captured_anew(change):
+    ends = []
+    for mode in ("eager", "captured"):
+        pyro.set_rng_seed(0)
+        vae = VAE(*vae_parts())
+        vae.posterior.network.activation = nn.ReLU()
+        network = vae.posterior.network
+        network.register_forward_hook(lambda *_, network=network: network.activation(_[-1]))
+        svi = CompiledSVI(vae.model, vae.guide, STEP, Trace_ELBO(max_plate_nesting=1), mode=mode)
+        losses = [float(svi.step(X))]
+        change(vae)
+        losses += [float(svi.step(X)) for _ in range(2)]
+        ends.append(losses)
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
+def test_a_prior_of_a_weight_that_was_replaced_is_captured_anew():
+    def run(mode):
+        pyro.set_rng_seed(0)
+
+        class Drawn(PyroModule):
+            def __init__(self):
+                super().__init__()
+                self.w = PyroSample(dist.Normal(0.0, 1.0))
+
+            def forward(self, x):
+                pyro.sample("x", dist.Normal(self.w, 1.0).expand([4, 3]).to_event(2), obs=x)
+
+        def guide(x):
+            pyro.sample("w", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 0.1))
+
+        pyro.clear_param_store()
+        model = Drawn()
+        svi = CompiledSVI(model, guide, STEP, Trace_ELBO(), mode=mode)
+        losses = [float(svi.step(X))]
+        model.w = PyroSample(dist.Normal(3.0, 0.1))
+        return [*losses, float(svi.step(X))]
+
+    assert run("captured") == pytest.approx(run("eager"), rel=1e-6)
+
+
+class Switched(nn.Module):
+    """A model whose path or number is read from a buffer."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read, self.value = read, nn.Buffer(torch.tensor(1.0))
+        self.loc = nn.Parameter(torch.tensor(0.1))
+
+    def model(self, x):
+        declare(self)
+        law = dist.Normal(self.loc + torch.as_tensor(self.read(self.value)), 1.0)
+        pyro.sample("x", law.expand([4, 3]).to_event(2), obs=x)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda v: 1.0 if v > 1 else 0.0,
+        lambda v: v.item(),
+        float,
+        int,
+        lambda v: v.tolist(),
+        lambda v: [5.0, 6.0, 7.0][v.long()],
+    ],
+    ids=["if", "item", "float", "int", "tolist", "index"],
+)
+def test_a_tensor_that_is_read_as_a_number_is_never_a_constant(read):
+    ends = []
+    for mode in ("eager", "captured"):
+        pair = Switched(read)
+        svi = CompiledSVI(pair.model, nothing, STEP, Trace_ELBO(), mode=mode)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            losses = [float(svi.step(X))]
+            pair.value.fill_(2.0)
+            ends.append([*losses, float(svi.step(X))])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+    assert ends[0][0] != pytest.approx(ends[0][1], rel=1e-3)
+    assert any("cannot be captured and runs eagerly" in str(each.message) for each in said)
+
+
+def test_handlers_around_a_step_are_heard():
+    ends = []
+    for mode in ("eager", "captured"):
+        pyro.set_rng_seed(0)
+        vae = VAE(*vae_parts())
+        svi = CompiledSVI(vae.model, vae.guide, STEP, Trace_ELBO(max_plate_nesting=1), mode=mode)
+        losses = []
+        for scale in (1.0, 0.5, 1.0, 0.1):
+            around = poutine.scale(scale=scale) if scale < 1 else contextlib.nullcontext()
+            with around:
+                losses.append(float(svi.step(X)))
+        ends.append(losses)
+        assert svi.mode == mode
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [np.float32, lambda value: np.array(value, dtype="float32")])
+def test_an_argument_of_any_kind_counts_anew_in_each_step(make):
+    def model(x, scale):
+        mean = pyro.param("mean", torch.zeros(3))
+        law = dist.Normal(mean, torch.as_tensor(scale, dtype=torch.float32))
+        pyro.sample("x", law.expand([4, 3]).to_event(2), obs=x)
+
+    ends = []
+    for mode in ("eager", "captured"):
+        pyro.clear_param_store()
+        svi = CompiledSVI(model, nothing, STEP, Trace_ELBO(), mode=mode)
+        ends.append([float(svi.step(X, make(1.0 + count / 4))) for count in range(12)])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
+class Called:
+    """Programs that are no functions, with a module in sight of nothing but themselves."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x):
+        net = pyro.module("net", self.net)
+        pyro.sample("x", dist.Normal(net(x), 1.0).to_event(2), obs=x)
+
+
+def within(net):
+    def model(x):
+        def mean(x):
+            return pyro.module("net", net)(x)
+
+        pyro.sample("x", dist.Normal(mean(x), 1.0).to_event(2), obs=x)
+
+    return model
+
+
+def listed(net):
+    nets = {"only": net}
+
+    def model(x):
+        pyro.sample("x", dist.Normal(pyro.module("net", nets["only"])(x), 1.0).to_event(2), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize("make", [Called, within, listed])
+def test_modules_are_found_wherever_a_program_has_them(make):
+    def run(mode):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        svi = CompiledSVI(make(net), nothing, STEP, Trace_ELBO(), mode=mode)
+        losses = [float(svi.step(X)) for _ in range(2)]
+        seen = int(net[1].num_batches_tracked)
+        net.eval()
+        return [seen, *losses, float(svi.step(X))]
+
+    assert run("captured")[0] == run("eager")[0] == 2
+    assert run("captured") == pytest.approx(run("eager"), rel=1e-5)
+
+
+def test_a_first_run_leaves_gradients_as_they_were():
+    vae = VAE(*vae_parts())
+    vae.extra = nn.Parameter(torch.ones(2))
+    vae.extra.grad = torch.ones(2)
+    svi = CompiledSVI(vae.model, vae.guide, STEP, Trace_ELBO(max_plate_nesting=1), mode="eager")
+    svi.evaluate_loss(X)
+    assert torch.equal(vae.extra.grad, torch.ones(2))
+
+
+class Counted(nn.Module):
+    """A model that counts its runs in an element of a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = nn.Buffer(torch.zeros(2))
+        self.loc = nn.Parameter(torch.tensor(0.1))
+
+    def model(self, x):
+        declare(self)
+        self.counts[0] += 1
+        self.counts.view(2)[1:].add_(2).mul_(1.0)
+        pyro.sample("x", dist.Normal(self.loc, 1.0).expand([4, 3]).to_event(2), obs=x)
+
+
+@pytest.mark.parametrize("mode", ["eager", "captured", "compiled"])
+def test_a_part_of_a_buffer_is_changed_once_a_step(mode):
+    pair = Counted()
+    svi = CompiledSVI(pair.model, nothing, STEP, Trace_ELBO(), mode=mode)
+    for _ in range(2):
+        svi.step(X)
+    assert pair.counts.tolist() == [2, 4]
+    assert svi.mode == mode
+
+
+@pytest.mark.parametrize("mode", ["eager", "captured"])
+def test_a_schedule_within_two_objectives_advances_once_a_step(mode):
+    vae = VAE(*vae_parts())
+    inner = BetaELBO(start=0.0, steps=10)
+    svi = CompiledSVI(vae.model, vae.guide, STEP, BetaELBO(elbo=BetaELBO(elbo=inner)), mode=mode)
+    for _ in range(3):
+        svi.step(X)
+    assert float(inner.step) == 3
+    assert float(inner.weight) == pytest.approx(0.2)
+    assert svi.mode == mode
 
 
 def test_recapture_sees_what_python_alone_knows():
