@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -184,12 +184,41 @@ def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[s
         parser.add_argument(
             "--allow", action="append", default=[], help=f"{_ALLOW} --config may import."
         )
-    _add(parser, command)
+    renamed = [kind for kind in KINDS if _renamed(kind, given)]
+    _add(parser, command, renamed)
     try:
         parsed: Namespace = parser.parse_args(given)
+        for kind in renamed:
+            parsed[kind] = _alone(kind, given)
     except ArgumentError as error:
         raise ValueError(_worded(str(error), name, command)) from error
     return _collected(parsed, command)
+
+
+def _renamed(kind: str, given: list[str]) -> bool:
+    """Whether a class is named that is not the configuration's."""
+    names = [name for name in _values(given, kind) if re.fullmatch(r"[\w.]+", name)]
+    if not names or names[-1] == "null":
+        return False
+    contents = [yaml.safe_load(Path(path).read_text()) for path in _values(given, "config")]
+    before = [Part.of(each[kind]).name for each in contents if each.get(kind)]
+    return not before or find(names[-1], kind) is not find(before[-1], kind)
+
+
+def _alone(kind: str, given: list[str]) -> Any:
+    """A class and its options as they are given, without those of the class in its place before.
+
+    Where both take an option of one name, the parser would hand its value on: AdamW would have
+    the weight decay of Adam.
+    """
+    own, taken = list[str](), False
+    for word in given:
+        if word.startswith("--"):
+            taken = word.partition("=")[0].partition(".")[0] == f"--{kind}"
+        own += [word] if taken else []
+    parser = _Parser(exit_on_error=False, allow_abbrev=False)
+    _add_class(parser, kind, default=None)
+    return parser.parse_args(own)[kind]
 
 
 def _collected(parsed: Namespace, target: Callable[..., Any]) -> dict[str, Any]:
@@ -214,29 +243,27 @@ def _documented(target: Any) -> tuple[str, dict[str, str]]:
     return documentation.short_description or "", said
 
 
-def _add(parser: ArgumentParser, target: Callable[..., Any]) -> None:
-    """Add the parameters of a function, or the fields of a dataclass, by their types."""
+def _add(
+    parser: ArgumentParser, target: Callable[..., Any], renamed: Collection[str] = ()
+) -> None:
+    """Add the parameters of a function, or the fields of a dataclass, by their types.
+
+    Those `renamed` have no class by default, since another one is given.
+    """
     hints, said = get_type_hints(target), _documented(target)[1]
     for key, parameter in inspect.signature(target).parameters.items():
         hint, default = hints[key], parameter.default
         option = f"--{key.replace('_', '-')}"
         text: dict[str, Any] = {"help": said[key]}
         if key in KINDS:
-            path = default and {"class_path": _path(default.name, key)}
+            path = None
+            if default and key not in renamed:
+                path = {"class_path": _path(default.name, key)}
             names = ", ".join(named(key))
             said_too = f"{said[key]} One of {names}, or the import path of your own class."
-            parser.add_subclass_arguments(
-                KINDS[key][0],
-                key,
-                as_group=False,
-                skip=_GIVEN,
-                instantiate=False,
-                default=path,
-                metavar="CLASS",
-                help=said_too,
-            )
+            _add_class(parser, key, default=path, metavar="CLASS", help=said_too)
         elif is_dataclass(hint):
-            _add(parser, cast("Any", hint))
+            _add(parser, cast("Any", hint), renamed)
         elif key in _POSITIONAL:
             many_of_them = get_origin(hint) is Sequence
             count = "+" if many_of_them else None if default is parameter.empty else "?"
@@ -251,6 +278,13 @@ def _add(parser: ArgumentParser, target: Callable[..., Any]) -> None:
             parser.add_argument(option, type=kind, default=list(default), **many, **text)
         else:
             parser.add_argument(option, type=hint, default=default, **text)
+
+
+def _add_class(parser: ArgumentParser, kind: str, **how: Any) -> None:
+    """Add an option that names a class of a kind, whose own options follow."""
+    parser.add_subclass_arguments(
+        KINDS[kind][0], kind, as_group=False, skip=_GIVEN, instantiate=False, **how
+    )
 
 
 def _path(name: str, kind: str) -> str:

@@ -271,6 +271,37 @@ def test_options_count_more_than_the_configuration_wherever_they_stand(line, run
 
 
 @pytest.mark.parametrize(
+    ("kind", "name", "option", "own"),
+    [
+        ("optimizer", "AdamW", "weight_decay", 0.01),
+        ("optimizer", "Adagrad", "eps", 1e-10),
+        ("objective", "IWAE", "vectorize_particles", True),
+    ],
+)
+def test_a_class_that_is_named_has_its_own_defaults(kind, name, option, own, here, capsys):
+    with pytest.raises(SystemExit):
+        call(f"{QUICK} --{kind} {name} --print_config")
+    assert yaml.safe_load(capsys.readouterr().out)[kind]["init_args"][option] == own
+    assert call(f"{QUICK} --{kind} {name} --out run") == 0
+    assert (
+        yaml.safe_load((here / "run" / "config.yaml").read_text())[kind]["init_args"][option]
+        == own
+    )
+
+
+def test_another_class_than_the_configurations_has_none_of_its_options(here):
+    def prior(line):
+        assert call(f"train --config config.yaml {line}") == 0
+        return yaml.safe_load((here / line.split()[-1] / "config.yaml").read_text())["prior"]
+
+    had = {"class_path": "pyro_vae.priors.StudentT", "init_args": {"df": 9.0, "scale": 3.0}}
+    content = {"epochs": 1, "hidden": [32], "latent": 2, "prior": had}
+    (here / "config.yaml").write_text(yaml.safe_dump(content))
+    assert prior("--prior Laplace --out other")["init_args"] == {"scale": 1.0}
+    assert prior("--prior StudentT --prior.df 4 --out same")["init_args"]["scale"] == 3.0
+
+
+@pytest.mark.parametrize(
     ("options", "parts", "settings"),
     [
         ("--objective TraceMeanField_ELBO", {}, {"objective": objectives.TraceMeanField_ELBO()}),
