@@ -30,10 +30,12 @@ __all__ = [
 ]
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import re
+import secrets
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -72,9 +74,9 @@ def create(folder: str | Path) -> Path:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a temporary file, flushed to the disk and renamed."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # none of another process
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -99,7 +101,9 @@ def save(module: nn.Module, path: Path) -> None:
 
 def save_state(state: Mapping[str, Tensor], path: Path) -> None:
     """Write weights and buffers, given by name, to a safetensors file."""
-    tensors = {key: value.detach().contiguous() for key, value in state.items()}
+    # Each in memory of its own, also where two parts of a model share weights.
+    whole = torch.contiguous_format
+    tensors = {key: value.detach().clone(memory_format=whole) for key, value in state.items()}
     # In one entry, since several of them come in any order, and equal weights are equal files.
     metadata = {"format": f"{FORMAT}, sha256 {_BLANK}"}
     write(path, _sealed(safetensors.torch.save(tensors, metadata)))
@@ -128,9 +132,11 @@ def restore(module: nn.Module, path: str | Path) -> None:
         raise ValueError(f"'{path}' is damaged: {error}") from error
     if number:
         _check_format(int(number[0]), path)
+    before = copy.deepcopy(module.state_dict())
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
+        module.load_state_dict(before)  # since those that fitted were taken
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"'{path}' holds the weights of another model: {reason}") from error
 

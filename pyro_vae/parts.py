@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "KINDS", "Blueprint", "Part", "find", "make", "named"]
+__all__ = ["ACTIVATIONS", "KINDS", "Blueprint", "Part", "find", "make", "named", "step_needs"]
 
 import dataclasses
 import difflib
@@ -135,6 +135,11 @@ class Blueprint:
             raise ValueError(f"a latent vector has at least 1 dimension, not {self.latent}")
         if any(width < 1 for width in (*self.hidden, *self.channels)):
             raise ValueError("a layer is at least 1 wide; check the hidden widths and channels")
+        if self.channels and len(self.hidden) > 1:
+            raise ValueError(
+                f"networks with channels have one hidden layer between convolutions and latents, "
+                f"not {len(self.hidden)}: give one width"
+            )
         if self.gated and self.channels:
             raise ValueError("gated layers are those of MLPs; leave out gated, or the channels")
         if self.blocks < 0:
@@ -310,7 +315,7 @@ def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given
     }
     at_hand = {key: cast("Callable[[], Any]", lambda v=value: v) for key, value in given.items()}
     found = find(part.name, kind, allow=allow)
-    if needs := _step_needs(found):
+    if needs := step_needs(found):
         raise ValueError(
             f"{part.name} cannot train here, since its step needs {', '.join(needs)}; choose "
             f"another {kind}"
@@ -320,7 +325,7 @@ def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given
 
 def named(kind: str) -> list[str]:
     """Return the names of the classes of a kind that train and need no import path."""
-    return sorted(name for name, each in _classes(kind).items() if not _step_needs(each))
+    return sorted(name for name, each in _classes(kind).items() if not step_needs(each))
 
 
 def _classes(kind: str) -> dict[str, type]:
@@ -369,7 +374,7 @@ def _required(function: Callable[..., Any]) -> list[str]:
     return [key for key, each in parameters if each.default is each.empty and not _is_rest(each)]
 
 
-def _step_needs(part: type) -> list[str]:
+def step_needs(part: type) -> list[str]:
     """What the ``step`` of an optimiser or a schedule asks for, which training cannot know."""
     return [key for key in _required(getattr(part, "step", lambda: None)) if key != "self"]
 

@@ -9,6 +9,8 @@ import hashlib
 import io
 import math
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from json import dumps
@@ -34,6 +36,8 @@ from pyro_vae.vae import VAE
 
 Array = npt.NDArray[Any]
 
+# Settings that say where and how a run is computed, and not what it is.
+_WHERE = ("allow", "data_dir", "mode", "device", "threads", "checkpoint", "out", "resume")
 _BLOCK = 250  # data whose estimates are written at a time
 _ARRAYS = ("log_likelihood", "monte_carlo_error", "effective_sample_size", "pareto_k")
 
@@ -147,7 +151,8 @@ def compare(
     """Print differences between runs that differ in one setting, paired by another.
 
     Each run must have been evaluated. Differences are to the runs that have the setting of
-    the first one, with 95 % t-intervals over the pairs.
+    the first one, with 95 % t-intervals over the pairs. Where runs differ in other settings too,
+    these are named.
 
     Args:
         runs: The folders of the runs.
@@ -160,8 +165,11 @@ def compare(
         raise FileNotFoundError(f"there is no folder '{out}' to write to; make it")
     table: dict[str, dict[str, dict[str, float]]] = {}
     seen: dict[str, tuple[str, tuple[str, ...]]] = {}
+    others: dict[str, set[str]] = {}
     for run in runs:
         with Run(run).settings() as settings:
+            for key in settings.keys() - {by, pair, *_WHERE}:
+                others.setdefault(key, set()).add(_named(settings[key], key))
             for key in (by, pair):
                 if key not in settings:
                     raise ValueError(f"'{run}' has no setting '{key}' in its config.yaml")
@@ -179,6 +187,8 @@ def compare(
         raise ValueError(f"these runs cannot be compared by {by}: all have {next(iter(table))}")
     rows = _differences(table, by, pair)
     print(_text(rows))
+    if also := sorted(key for key, values in others.items() if len(values) > 1):
+        print(f"these runs differ in {', '.join(also)} too, so that it is not {by} alone")
     if alone := [str(row[by]) for row in rows[1:] if row["pairs"] == 1]:
         print(
             f"no interval for {', '.join(alone)}, with one pair each: it takes two at least, so "
@@ -282,7 +292,7 @@ def _read(path: Path, key: str) -> dict[str, Array] | None:
             same = str(file["key"]) == key
             there = same and {*_ARRAYS, "dimensions", "level"} <= set(file.files)
             return {name: file[name] for name in file.files if name != "key"} if there else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         return None
 
 

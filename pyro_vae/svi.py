@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MODES", "CompiledSVI", "Mode", "mode_for"]
+__all__ = ["MODES", "CompiledSVI", "Mode", "check_mode", "mode_for"]
 
 import contextlib
 import copy
@@ -132,8 +132,7 @@ class CompiledSVI:
                 "the optimizer must be one of pyro.optim, or a function of the parameters, such "
                 "as partial(torch.optim.Adam, lr=1e-3)"
             )
-        if mode not in (None, *MODES):
-            raise ValueError(f"there is no mode '{mode}'; there are {', '.join(MODES)}")
+        check_mode(mode)
         self.model, self.guide, self.optim, self.loss = model, guide, optim, loss
         self.validate = validate
         self.mode: Mode = mode or ("compiled" if _compiler() else "captured")
@@ -412,6 +411,16 @@ class CompiledSVI:
                     f"a batch on '{leaf.device}' does not fit parameters on "
                     f"'{next(iter(places))}': move one of them by .to(device)"
                 )
+
+
+def check_mode(mode: str | None) -> None:
+    """Refuse a mode that there is not.
+
+    Raises:
+        ValueError: It is none of `MODES`, and not None.
+    """
+    if mode not in (None, *MODES):
+        raise ValueError(f"there is no mode '{mode}'; there are {', '.join(MODES)}")
 
 
 def mode_for(steps: int) -> Mode:

@@ -444,6 +444,17 @@ def _check_copies(
     ``law(part, to)`` is the distribution of a copy, `to` bringing its inputs to its precision.
     """
     scores = as_pyro(law(part, lambda tensor: tensor)).log_prob(value)
+    for place, module in part.named_modules():
+        for name, held in vars(module).items():
+            if isinstance(held, Tensor) and held.is_floating_point():
+                twin = copy.deepcopy(part)
+                vars(twin.get_submodule(place))[name] = 2 * held + 1
+                if not torch.equal(as_pyro(law(twin, Tensor.clone)).log_prob(value), scores):
+                    raise ValueError(
+                        f"the density depends on '{'.'.join(filter(None, (place, name)))}', a "
+                        f"tensor that is no parameter and no buffer, and so is neither saved "
+                        f"with the weights nor moved with them: give it to register_buffer"
+                    )
     twin = copy.deepcopy(part)
     for parameter in twin.parameters():
         parameter.add_(torch.randn_like(parameter))

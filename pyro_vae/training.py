@@ -31,10 +31,11 @@ from pyro_vae.mapped import Mapped
 from pyro_vae.objectives import BetaELBO
 from pyro_vae.optimizers import optimizer_of, update
 from pyro_vae.pairs import check_objective, check_pair
+from pyro_vae.parts import step_needs
 from pyro_vae.progress import Metrics, Progress, Standing
-from pyro_vae.scoring import validation
+from pyro_vae.scoring import validation, whole
 from pyro_vae.splits import Data, Split
-from pyro_vae.svi import CompiledSVI, Mode, mode_for
+from pyro_vae.svi import CompiledSVI, Mode, check_mode, mode_for
 
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 # Of rows on disk, those that are held against the pair before the first step: no value of the
@@ -134,6 +135,7 @@ def fit(
     """
     _check_kinds(data, objective, optimizer)
     check_settings(epochs, batch_size, warmup, clip, patience, checkpoint, skip_nonfinite)
+    check_mode(mode)
     ranks = Ranks.here()
     warn_alone()
     _check_room(len(data.train) // ranks.size, batch_size)
@@ -146,7 +148,7 @@ def fit(
         raise ValueError("there is nothing to train: every parameter is frozen")
     device = parameters[0].device
     ranks.align(pair)
-    whole, data = data, ranks.shard(data).map(lambda part: part.to(device))
+    given, data = data, ranks.shard(data).map(lambda part: part.to(device))
     generator = torch.Generator(device).manual_seed(seed)
     for part in data.splits[:2]:
         for batch in _fixed(part[:_CHECKED] if isinstance(part.x, Mapped) else part):
@@ -158,10 +160,15 @@ def fit(
     annealed.weight = annealed.weight.to(device)
     optim = optimizer_of(optimizer, parameters)
     scheduler = schedule(optim) if schedule else None
+    for each in (optim, scheduler):
+        if needs := step_needs(type(each)):
+            raise TypeError(
+                f"{type(each).__name__} cannot train here, since its step needs {', '.join(needs)}"
+            )
     batches = math.ceil(len(data.train) / batch_size)
     plain = {"batch_size": batch_size, "warmup": warmup, "clip": clip, "patience": patience}
     plain["processes"] = ranks.size
-    chosen = settings(pair, whole, objective, optim, scheduler, seed=seed, mode=mode, **plain)
+    chosen = settings(pair, given, objective, optim, scheduler, seed=seed, mode=mode, **plain)
     ranks.agree({"epochs": epochs, "skip_nonfinite": skip_nonfinite, **chosen})
     state = Progress(
         pair, optim, scheduler, objective, generator,
@@ -244,6 +251,7 @@ def fit(
             if scheduler:
                 scheduler.step()
     pair.eval()
+    pair.zero_grad()
     return now.rows
 
 
@@ -261,6 +269,7 @@ def check_settings(
     Raises:
         ValueError: One is out of its range.
     """
+    whole(epochs=epochs, batch_size=batch_size, skip_nonfinite=skip_nonfinite)
     if epochs < 1:
         raise ValueError(f"training takes at least 1 epoch, not {epochs}")
     if batch_size < 1:

@@ -240,6 +240,42 @@ def test_weights_of_another_model_are_refused(other, run):
         load(run)
 
 
+def test_weights_that_do_not_fit_change_nothing(tmp_path):
+    saved = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5))
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 4))
+    checkpoints.save(saved, tmp_path / "other.safetensors")
+    before = [each.clone() for each in module.state_dict().values()]
+    with pytest.raises(ValueError, match="holds the weights of another model"):
+        restore(module, tmp_path / "other.safetensors")
+    assert all(map(torch.equal, before, module.state_dict().values()))
+
+
+def test_weights_that_two_parts_share_are_saved(tmp_path):
+    saved, fresh = (
+        torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Identity()) for _ in range(2)
+    )
+    for each in (saved, fresh):
+        each[1] = each[0]
+    checkpoints.save(saved, tmp_path / "tied.safetensors")
+    restore(fresh, tmp_path / "tied.safetensors")
+    assert torch.equal(fresh[1].weight, saved[0].weight)
+
+
+def test_two_writers_of_one_file_leave_it_whole(tmp_path, monkeypatch):
+    path, sync, calls = tmp_path / "x.bin", os.fsync, []
+
+    def interrupted(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            checkpoints.write(path, b"B" * 10)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    checkpoints.write(path, b"A" * 9)
+    assert path.read_bytes() == b"A" * 9
+    assert [each.name for each in tmp_path.iterdir()] == ["x.bin"]
+
+
 def test_weights_go_into_a_module_of_ones_own(tmp_path):
     saved, fresh = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     checkpoints.save(saved, tmp_path / "linear.safetensors")

@@ -100,6 +100,29 @@ def test_a_prior_whose_state_is_not_registered_is_told():
         check_prior(Drifting())
 
 
+class Forgotten(priors.Prior):
+    """A mixture whose centres, drawn when it is made, are kept out of its state."""
+
+    def __init__(self, register):
+        super().__init__()
+        self.label = torch.ones(2)  # on which nothing depends
+        centres = 2 * torch.randn(5, 2)
+        if register:
+            self.register_buffer("centres", centres)
+        else:
+            self.centres = centres
+
+    def forward(self):
+        weights = dist.Categorical(torch.ones_like(self.centres[:, 0]))
+        return dist.MixtureSameFamily(weights, dist.Normal(self.centres, 1.0).to_event(1))
+
+
+def test_a_tensor_that_is_in_no_state_is_told_by_name():
+    check_prior(Forgotten(register=True))
+    with pytest.raises(ValueError, match=r"depends on 'centres', a tensor that is no parameter"):
+        check_prior(Forgotten(register=False))
+
+
 def test_the_check_of_a_prior_leaves_the_random_state():
     prior = priors.MixtureOfNormals(2)
     before = torch.get_rng_state()

@@ -12,8 +12,8 @@ import torch
 from linear import exact_halves, linear_vae
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
-from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import StepLR
+from torch.optim import LBFGS, SGD, Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from pyro_vae import MLP, VAE, bound, data, fit, likelihoods, posteriors, priors, restore
 from pyro_vae.networks import BFloat16
@@ -249,6 +249,9 @@ def test_an_interrupt_keeps_what_was_finished(tmp_path, monkeypatch):
         ({"warmup": -0.1}, "fraction of the budget"),
         ({"patience": 0}, "at least 1 epoch, not 0"),
         ({"clip": 0.0}, "a norm above 0, not 0"),
+        ({"mode": "fast"}, "no mode 'fast'; there are eager, captured, compiled"),
+        ({"epochs": 2.0}, "epochs must be a whole number, not 2.0"),
+        ({"batch_size": 10.0}, "batch_size must be a whole number, not 10.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
@@ -257,6 +260,34 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         quiet(linear_vae(4, 2), normal_data(), run=tmp_path, **{"batch_size": 10, **options})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": partial(LBFGS, lr=0.1)}, "LBFGS cannot train here.* needs closure"),
+        ({"schedule": ReduceLROnPlateau}, "ReduceLROnPlateau cannot train.* needs metrics"),
+    ],
+)
+def test_steps_that_need_more_are_refused_before_anything_is_written(options, words, tmp_path):
+    with pytest.raises(TypeError, match=words):
+        quiet(linear_vae(4, 2), normal_data(), run=tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_gradient_is_left_behind():
+    vae = linear_vae(4, 2)
+    quiet(vae, normal_data(), epochs=1)
+    assert all(each.grad is None for each in vae.parameters())
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["eager", "captured"])
+def test_a_schedule_of_the_objectives_own_takes_a_step_with_each_batch(mode, warmup):
+    objective = BetaELBO(start=0.0, steps=8)
+    quiet(linear_vae(4, 2), normal_data(), epochs=2, batch_size=10, objective=objective,
+          warmup=warmup, mode=mode)  # fmt: skip
+    assert float(objective.step) == 6
 
 
 def test_patience_without_a_validation_split_is_refused():
