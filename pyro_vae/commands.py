@@ -106,7 +106,8 @@ def train(
         missing: Accept NaN in the data for what was not observed: it is not scored, and the
             encoder is told where it is.
         latent: Size of the latent vector z.
-        hidden: Widths of the encoder's hidden layers; the decoder has them reversed.
+        hidden: Widths of the encoder's hidden layers; the decoder has them reversed. With channels
+            the last one counts.
         channels: Channels of a convolutional encoder and decoder, in place of the MLPs.
         activation: Module between layers.
         gated: Gate the hidden layers of the MLPs; with the activation Identity, as in the

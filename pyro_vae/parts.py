@@ -82,7 +82,8 @@ class Blueprint:
     Attributes:
         shape: Shape of one datum.
         latent: Size of z.
-        hidden: Widths of the encoder's hidden layers; the decoder has them reversed.
+        hidden: Widths of the encoder's hidden layers; the decoder has them reversed. With channels
+            the last one counts, of the layer between convolutions and latents.
         channels: Channels of a convolutional pair, in the encoder's order; empty for MLPs.
         activation: Name of the module between layers, one of `ACTIVATIONS`.
         gated: Whether the hidden layers of the MLPs are gated.
@@ -135,11 +136,6 @@ class Blueprint:
             raise ValueError(f"a latent vector has at least 1 dimension, not {self.latent}")
         if any(width < 1 for width in (*self.hidden, *self.channels)):
             raise ValueError("a layer is at least 1 wide; check the hidden widths and channels")
-        if self.channels and len(self.hidden) > 1:
-            raise ValueError(
-                f"networks with channels have one hidden layer between convolutions and latents, "
-                f"not {len(self.hidden)}: give one width"
-            )
         if self.gated and self.channels:
             raise ValueError("gated layers are those of MLPs; leave out gated, or the channels")
         if self.blocks < 0:

@@ -7,6 +7,7 @@ __all__ = ["compare", "evaluate"]
 import csv
 import hashlib
 import io
+import json
 import math
 import warnings
 import zipfile
@@ -169,7 +170,8 @@ def compare(
     for run in runs:
         with Run(run).settings() as settings:
             for key in settings.keys() - {by, pair, *_WHERE}:
-                others.setdefault(key, set()).add(_named(settings[key], key))
+                value = json.dumps(settings[key], sort_keys=True, default=str)
+                others.setdefault(key, set()).add(value)
             for key in (by, pair):
                 if key not in settings:
                     raise ValueError(f"'{run}' has no setting '{key}' in its config.yaml")
@@ -288,7 +290,7 @@ def _read(path: Path, key: str) -> dict[str, Array] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path) as file:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
             same = str(file["key"]) == key
             there = same and {*_ARRAYS, "dimensions", "level"} <= set(file.files)
             return {name: file[name] for name in file.files if name != "key"} if there else None

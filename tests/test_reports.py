@@ -298,5 +298,5 @@ def test_grey_levels_are_labelled_and_have_no_calibration(tmp_path, capsys):
     assert call(f"evaluate {run} --samples 20") == 0
     table = capsys.readouterr().out
     assert "cross-entropy of grey levels and not a likelihood" in table
-    assert "draws black and white where the encoder sees grey" in table
+    assert "draws black and white where the data are grey" in table
     assert "bits per dimension" not in table
