@@ -232,7 +232,7 @@ class CompiledSVI:
         if captures:
             try:
                 if changing:
-                    raise NotCapturableError(f"its attribute '{changing}' changes with every run")
+                    raise NotCapturableError(f"its {changing} with every run")
                 return self._captured(method, leaves, structure, list(parameters.values()))
             except NotCapturableError as error:
                 warnings.warn(
@@ -246,7 +246,8 @@ class CompiledSVI:
     ) -> tuple[dict[str, Tensor], str | None]:
         """Run the objective once as Pyro would, and leave everything as it was.
 
-        Returns the parameters by name, and the name of an attribute that the run has changed.
+        Returns the parameters by name, and words for what a graph cannot have, where a run
+        changes an attribute, or assigns to the param store, as averages for baselines do.
         """
         args, kwargs = _arguments(leaves, structure)
         try:
@@ -275,8 +276,13 @@ class CompiledSVI:
         after = numbers(held)
         if math.isinf(self.loss.max_plate_nesting):
             self.loss.max_plate_nesting = loss.max_plate_nesting  # which the run has found out
-        changed = [key for key in before if after.get(key) != before[key]]
-        return parameters, changed[0][1] if changed else None
+        changed = [
+            f"attribute '{key[1]}' changes" for key in before if after.get(key) != before[key]
+        ]
+        for name in _put_back(traced.trace):
+            del parameters[name]
+            changed.append(f"parameter '{name}' is assigned")
+        return parameters, changed[0] if changed else None
 
     def _held(self, loss: ELBO) -> list[Any]:
         """The objects whose attributes may be state that a graph cannot have."""
@@ -356,7 +362,8 @@ class CompiledSVI:
         with poutine.trace(param_only=True) as traced:
             loss = getattr(self.loss, method)(self.model, self.guide, *args, **kwargs)
         if method == "loss_and_grads":
-            self._follow(_unique(traced.trace))
+            parameters = _unique(traced.trace)
+            self._follow({name: p for name, p in parameters.items() if p.grad is not None})
         return torch.as_tensor(loss, dtype=torch.float64).detach()
 
     def _follow(self, parameters: Mapping[str, Tensor]) -> None:
@@ -486,6 +493,24 @@ def _precision() -> tuple[Any, ...]:
     ]
     exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     return *autocast, *exact
+
+
+def _put_back(trace: poutine.Trace) -> list[str]:
+    """Undo what a run has assigned to the param store beside making its parameters.
+
+    Returns the names of these entries.
+    """
+    store = pyro.get_param_store()
+    now = dict(store.named_parameters())
+    assigned = [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "param" and name in now
+        if now[name] is not site["value"].unconstrained()
+    ]
+    for name in assigned:
+        store[name] = trace.nodes[name]["value"].detach()
+    return assigned
 
 
 def _unique(trace: poutine.Trace) -> dict[str, Tensor]:

@@ -710,6 +710,42 @@ def test_a_schedule_within_two_objectives_advances_once_a_step(mode):
     assert svi.mode == mode
 
 
+@pytest.mark.filterwarnings("ignore:the program cannot be captured")
+@pytest.mark.parametrize("mode", ["eager", "captured"])
+def test_averages_in_the_param_store_are_those_of_pyro(mode):
+    def model(x):
+        weight = torch.tensor([1.0, 2.0])
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            pyro.sample(
+                "x", dist.Normal(weight[z.long()][:, None], 1.0).expand([4, 3]).to_event(1), obs=x
+            )
+
+    def guide(x):
+        logits = pyro.param("logits", torch.zeros(4))
+        with pyro.plate("data", len(x)):
+            infer = {"baseline": {"use_decaying_avg_baseline": True}}
+            pyro.sample("z", dist.Bernoulli(logits=logits), infer=infer)
+
+    ends = []
+    for ours in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        loss = TraceGraph_ELBO()
+        if ours:
+            svi = CompiledSVI(model, guide, pyro.optim.SGD({"lr": 0.1}), loss, mode=mode)
+        else:
+            svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), loss)
+        losses = [float(svi.step(X)) for _ in range(3)]
+        store = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+        ends.append((losses, store))
+    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-6)
+    assert ends[0][1].keys() == ends[1][1].keys()
+    for name, value in ends[0][1].items():
+        assert torch.allclose(value, ends[1][1][name]), name
+    assert len(svi._parameters) == 1
+
+
 def test_recapture_sees_what_python_alone_knows():
     held = {"loc": 1.0}
 
