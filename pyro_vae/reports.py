@@ -165,6 +165,7 @@ def compare(
     if out is not None and not Path(out).is_dir():
         raise FileNotFoundError(f"there is no folder '{out}' to write to; make it")
     table: dict[str, dict[str, dict[str, float]]] = {}
+    variants: dict[str, Any] = {}
     seen: dict[str, tuple[str, tuple[str, ...]]] = {}
     others: dict[str, set[str]] = {}
     for run in runs:
@@ -176,6 +177,7 @@ def compare(
                 if key not in settings:
                     raise ValueError(f"'{run}' has no setting '{key}' in its config.yaml")
             variant, partner = (_named(settings[key], key) for key in (by, pair))
+            variants[variant] = settings[by]
         values, kind = _values(run, split)
         _check_alike(seen.setdefault("", (run, kind[:1])), (run, kind[:1]))
         _check_alike(seen.setdefault(partner, (run, kind)), (run, kind))
@@ -187,7 +189,8 @@ def compare(
         table[variant][partner] = values
     if len(table) < 2:
         raise ValueError(f"these runs cannot be compared by {by}: all have {next(iter(table))}")
-    rows = _differences(table, by, pair)
+    names = _short(variants, by) if by in KINDS else {each: each for each in variants}
+    rows = _differences({names[each]: values for each, values in table.items()}, by, pair)
     print(_text(rows))
     if also := sorted(key for key, values in others.items() if len(values) > 1):
         print(f"these runs differ in {', '.join(also)} too, so that it is not {by} alone")
@@ -389,6 +392,23 @@ def _named(setting: Any, key: str) -> str:
         name = str(part.name).rpartition(".")[2]
         return f"{name}({options})" if options else name
     return str(setting)
+
+
+def _short(variants: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Names of parts with those options only in which parts of one class differ."""
+    parts = {
+        full: Part.of(setting or {"class_path": "None"}) for full, setting in variants.items()
+    }
+    short = dict[str, str]()
+    for full, part in parts.items():
+        alike = [each.options for each in parts.values() if each.name == part.name]
+        own = {
+            name: value
+            for name, value in part.options.items()
+            if any(options.get(name) != value for options in alike)
+        }
+        short[full] = _named(Part(part.name, own), kind)
+    return short if len({*short.values()}) == len(short) else {full: full for full in variants}
 
 
 def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...]]:

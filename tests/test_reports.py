@@ -189,12 +189,30 @@ def test_one_pair_has_no_interval_and_says_so(runs, tmp_path, monkeypatch, capsy
     assert call(f"compare {places['Normal-0']} {places['Laplace-0']}") == 0
     table = capsys.readouterr().out
     (said,) = table.splitlines()[3:]
-    assert said.startswith("no interval for Laplace(scale=1.0), with one pair each: it takes two")
+    assert said.startswith("no interval for Laplace, with one pair each: it takes two")
     assert said.endswith("train and evaluate with another seed too")
     assert " to " not in table
     assert call(f"compare {' '.join(map(str, places.values()))}") == 0
     assert "no interval" not in capsys.readouterr().out
     assert not list(tmp_path.iterdir())  # nothing is written that was not asked for
+
+
+def test_parts_are_named_by_what_they_differ_in():
+    def part(name, **options):
+        return {"class_path": name, "init_args": options}
+
+    one, many = (
+        part("pyro_vae.importance.IWAE", particles=k, max_plate_nesting=1) for k in (5, 50)
+    )
+    elbo = part("pyro.infer.Trace_ELBO", num_particles=1)
+    variants = {"one": one, "many": many, "elbo": elbo, "none": None}
+    named = ["IWAE(particles=5)", "IWAE(particles=50)", "Trace_ELBO", "None"]
+    assert list(reports._short(variants, "objective").values()) == named
+    mine = part("mine.IWAE", particles=5)
+    assert list(reports._short({"one": one, "mine": mine}, "objective").values()) == [
+        "one",
+        "mine",
+    ]
 
 
 def sentence(line, capsys):
