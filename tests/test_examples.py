@@ -325,20 +325,22 @@ def test_figure_2_has_both_methods_in_the_axes_of_the_paper(tmp_path):
     assert printed.count("| MNIST Nz=3 |") == 2
 
 
-def test_our_methods_come_in_the_published_order(monkeypatch):
+@pytest.mark.parametrize("figure", ["2", "3"])
+def test_aevb_comes_where_it_is_published(figure, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "paper")
     reporting = importlib.import_module("reporting")
-    how = {"figure": "2", "primary": ["static", "none, random split"]}
-    rows = json.loads((EXAMPLES / "paper" / "results" / "figure2.json").read_text())
+    how = {"figure": figure, "primary": ["static", "none, random split"]}
+    rows = json.loads((EXAMPLES / "paper" / "results" / f"figure{figure}.json").read_text())
     usual = importlib.import_module("protocol").USUAL.items()
     rows = [row for row in rows if all(row.get(name) == value for name, value in usual)]
-    found = reporting.order(rows, **how)
-    assert {each["order"] for each in found} == {("AEVB", "wake-sleep")}
-    assert {(each["points"], each["agree"]) for each in found} == {(6, 6)}
-    assert all(each["lead"] > 0 for each in found)
-    other = {"AEVB": "wake-sleep", "wake-sleep": "AEVB"}
-    exchanged = [{**row, "method": other[row["method"]]} for row in rows]
-    assert all(each["agree"] == 0 for each in reporting.order(exchanged, **how))
+    turned = [{**row, "value_nats": -row["value_nats"]} for row in rows]
+    found, contrary = (
+        [each for each in reporting.order(some, **how) if "AEVB" in each["order"]]
+        for some in (rows, turned)
+    )
+    assert found
+    assert all(each["agree"] == each["points"] and each["lead"] > 0 for each in found)
+    assert all(each["agree"] == 0 for each in contrary)
 
 
 def test_a_panel_shows_the_curves_of_its_own_binarisation(monkeypatch):
