@@ -6,7 +6,7 @@ __all__ = ["Bound", "Estimate", "Integral", "Pair", "bound", "log_likelihood", "
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ class Bound(NamedTuple):
 @torch.no_grad()
 def bound(
     pair: Pair,
-    batches: Iterable[tuple[Tensor, ...]],
+    data: Rows,
     *,
     particles: int = 1,
     ranks: Ranks = _ALONE,
@@ -78,9 +78,10 @@ def bound(
 
     Args:
         pair: Module with methods ``model`` and ``guide``.
-        batches: Batches ``(x, *context)`` that cover the data once.
+        data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches that cover
+            the data once.
         particles: Draws for each datum.
-        ranks: Processes that have batches of their own each; every one gets the bound of all.
+        ranks: Processes that have data of their own each; every one gets the bound of all.
 
     Raises:
         ValueError: Fewer than one particle, no data, or data that the programs do not take.
@@ -90,12 +91,10 @@ def bound(
         raise ValueError(f"a bound takes at least 1 particle, not {particles}")
     halves: list[Tensor] = []
     shared: list[Tensor] = []
-    for batch in batches:
+    for batch in batches(data):
         draws = [_halves(pair, batch) for _ in range(particles)]
         halves.append(torch.stack([local for local, _ in draws]).mean(0))
         shared.append(torch.stack([total for _, total in draws]).mean(0))
-    if not halves:
-        raise ValueError("there are no data to evaluate")
     local = ranks.gather(torch.cat(halves, -1).T).T
     total = ranks.gather(torch.stack(shared)).mean(0)
     reconstruction, kl = local + total[:, None] / local.shape[-1]

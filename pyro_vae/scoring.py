@@ -36,7 +36,7 @@ from pyro_vae.importance import (
     observations,
     unscaled,
 )
-from pyro_vae.splits import Split
+from pyro_vae.splits import Data, Split
 
 Batch = tuple[Tensor, ...]
 Rows = Split | Tensor | Batch | Iterable[Batch]
@@ -65,8 +65,14 @@ def batches(data: Rows) -> Iterator[Batch]:
         data: A split, a tensor ``(N, *shape)``, one batch, or batches.
 
     Raises:
+        TypeError: Data of several splits, or something else.
         ValueError: There are no data, or a batch has more rows of one tensor than of another.
     """
+    if isinstance(data, Data) or not isinstance(data, (Split, Iterable)):
+        kind = type(data).__name__
+        raise TypeError(
+            f"evaluation takes one split, such as data.test, a tensor or batches, not a {kind}"
+        )
     if isinstance(data, Tensor):
         data = (data,)
     single = isinstance(data, tuple) and data and isinstance(data[0], Tensor)

@@ -30,8 +30,8 @@ def check_prior(prior: nn.Module, *context: Tensor, seed: int = 0) -> None:
 
     The integral is estimated by importance sampling from kernels around the prior's own
     draws; draws are compared with it by Kolmogorov-Smirnov tests on every marginal and on
-    five random projections. A sound prior fails with a probability below 1e-4. Tails as
-    heavy as a Cauchy's and more than about six dimensions are beyond the estimate, which
+    five random projections. A sound prior fails with a probability below 1e-4. Heavy tails,
+    modes far apart and more than about six dimensions can be beyond the estimate, which
     says so.
 
     Args:
@@ -40,6 +40,7 @@ def check_prior(prior: nn.Module, *context: Tensor, seed: int = 0) -> None:
         seed: Seed of all draws; the random state stays as it was.
 
     Raises:
+        TypeError: No module, such as the class of one.
         ValueError: The first promise that is broken.
         NotImplementedError: A discrete prior, or one over fewer dimensions than its vectors
             have, such as over a simplex.
@@ -48,6 +49,7 @@ def check_prior(prior: nn.Module, *context: Tensor, seed: int = 0) -> None:
         >>> from pyro_vae import priors
         >>> check_prior(priors.MixtureOfNormals(3, components=5))
     """
+    _check_module(prior, "prior")
     row = tuple(c[:1] for c in context)
     with undisturbed(prior, row), validation(False):
         torch.manual_seed(seed)
@@ -85,6 +87,7 @@ def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int
         seed: Seed of all draws; the random state stays as it was.
 
     Raises:
+        TypeError: No module, such as the class of one.
         ValueError: The first promise that is broken.
         NotImplementedError: A support that `check_prior` does not cover.
 
@@ -92,6 +95,7 @@ def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int
         >>> from pyro_vae import MLP, posteriors
         >>> check_posterior(posteriors.Normal(MLP(4, [8], (2, 3))), torch.randn(2, 4))
     """
+    _check_module(posterior, "posterior")
     with undisturbed(posterior, (x, *context)), validation(False):
         torch.manual_seed(seed)
         whole = as_pyro(posterior(x, *context))
@@ -152,6 +156,7 @@ def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: i
         >>> from pyro_vae import MLP, likelihoods
         >>> check_likelihood(likelihoods.Normal(MLP(2, [8], 5)), torch.randn(3, 2))
     """
+    _check_module(likelihood, "likelihood")
     with undisturbed(likelihood, (z, *context)), validation(False):
         torch.manual_seed(seed)
         density = as_pyro(likelihood(z, *context))
@@ -434,6 +439,14 @@ def _distance(draws: Tensor, values: Tensor, weight: Tensor) -> float:
     steps = torch.arange(len(at) + 1, device=at.device) / len(at)
     above, below = (steps[1:] - expected).max(), (expected - steps[:-1]).max()
     return float(torch.maximum(above, below))
+
+
+def _check_module(part: Any, kind: str) -> None:
+    if not isinstance(part, nn.Module):
+        raise TypeError(
+            f"a {kind} is checked as a module that was made, such as {kind}s.Normal(...), and "
+            f"this is {part!r}"
+        )
 
 
 def _check_copies(

@@ -388,6 +388,17 @@ def test_data_come_as_splits_tensors_batches_or_many(pixels):
         assert torch.allclose(found, truth[rows], atol=1e-4)
 
 
+def test_a_bound_takes_data_as_estimates_do(pixels):
+    x, pair = pixels[:8].clone(), pca_pair(pixels, 2)[0]
+    split = data.split(x, validation=0, test=0)
+    for given in (split.train, x, (x,), [(x[:4],), (x[4:],)], iter([(x,)])):
+        assert bound(pair, given).elbo.shape == (8,)
+    for estimate in (bound, log_likelihood):
+        for given, kind in ((split, "Data"), (3, "int")):
+            with pytest.raises(TypeError, match=rf"one split, such as data.test, .* not a {kind}"):
+                estimate(pair, given)
+
+
 def test_bits_are_for_discrete_data_only():
     vae = VAE(
         priors.Normal(2),

@@ -123,6 +123,17 @@ def test_a_tensor_that_is_in_no_state_is_told_by_name():
         check_prior(Forgotten(register=False))
 
 
+def test_a_class_in_place_of_a_module_is_refused():
+    with pytest.raises(
+        TypeError, match=r"a prior is checked as a module that was made, such as p"
+    ):
+        check_prior(priors.Normal)
+    with pytest.raises(TypeError, match=r"a posterior is checked as a module that was made"):
+        check_posterior(posteriors.Normal, torch.zeros(2, 3))
+    with pytest.raises(TypeError, match=r"a likelihood is checked as a module that was made"):
+        check_likelihood(likelihoods.Bernoulli, torch.zeros(2, 3))
+
+
 def test_the_check_of_a_prior_leaves_the_random_state():
     prior = priors.MixtureOfNormals(2)
     before = torch.get_rng_state()
