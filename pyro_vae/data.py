@@ -32,7 +32,7 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,6 +94,9 @@ def load(
         ValueError: An unknown name, a damaged file, values that cannot be used.
         FileNotFoundError: A path that is not there.
         ConnectionError: A download that failed.
+
+    Warns:
+        UserWarning: An ``.npz`` file holds arrays that look like data and are not read.
     """
     where = Path(directory).expanduser() if directory else folder()
     named, path = str(source) in SOURCES, Path(source).expanduser()
@@ -275,11 +278,11 @@ def _arrays(path: Path) -> dict[str, Split]:
             "valid": "validation",
             "test": "test",
         }
-        return {
-            name: _rows(arrays, key, f"{key}_", path)
-            for key, name in names.items()
-            if key in arrays
-        }
+        keys = [key for key in names if key in arrays]
+        keys = [key for key in keys if key != "valid" or "validation" not in keys]
+        ends = ("", "_labels", "_context")
+        _warn_unused(arrays, [f"{key}{end}" for key in keys for end in ends], path)
+        return {names[key]: _rows(arrays, key, f"{key}_", path) for key in keys}
     found = [key for key in arrays if key not in ("labels", "context")]
     key = "x" if "x" in arrays else found[0] if len(found) == 1 else None
     if key is None:
@@ -287,7 +290,25 @@ def _arrays(path: Path) -> dict[str, Split]:
             f"'{path}' holds the arrays {', '.join(arrays)}; name the data x, or "
             f"train, validation and test, as by numpy.savez('x.npz', x=...)"
         )
+    _warn_unused(arrays, [key, "labels", "context"], path)
     return {"train": _rows(arrays, key, "", path)}
+
+
+def _warn_unused(arrays: dict[str, Array], used: Sequence[str], path: Path) -> None:
+    """Say which arrays that look like data, or have a value for each, are not read."""
+    shape = np.shape(arrays[used[0]])
+    unused = [
+        name
+        for name in arrays.keys() - set(used)
+        if (found := np.shape(arrays[name]))
+        if found[0] == shape[0] or (len(found) > 1 and found[1:] == shape[1:])
+    ]
+    if unused:
+        warnings.warn(
+            f"'{path}' also holds {', '.join(sorted(unused))}, which is not read; what is read is "
+            f"x, or train, validation and test, with their labels and context",
+            stacklevel=2,
+        )
 
 
 def _members(archive: Any) -> dict[str, Array]:

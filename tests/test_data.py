@@ -107,8 +107,24 @@ def test_an_npz_file_holds_one_array_and_labels(tmp_path, save, key, labels):
 
 
 def test_x_is_taken_where_there_are_other_arrays(tmp_path):
-    np.savez(tmp_path / "x.npz", genes=np.array(["a", "b"]), x=np.eye(2), weights=np.ones(5))
-    assert whole(tmp_path / "x.npz").x.tolist() == [[1, 0], [0, 1]]
+    x = np.arange(6.0).reshape(3, 2)
+    np.savez(tmp_path / "x.npz", genes=np.array(["a", "b"]), x=x, weights=np.ones(5))
+    assert whole(tmp_path / "x.npz").x.tolist() == x.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "unread"),
+    [
+        ({"x": np.eye(4), "y": np.arange(4)}, "y"),
+        ({"x": np.eye(4), "test": np.ones((2, 4))}, "test"),
+        ({"train": np.eye(4), "val": np.ones((2, 4)), "labels": np.arange(4)}, "labels, val"),
+        ({"train": np.eye(4), "valid": np.ones((2, 4)), "validation": np.zeros((3, 4))}, "valid"),
+    ],
+)
+def test_arrays_that_look_like_data_and_are_not_read_are_named(arrays, unread, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.warns(UserWarning, match=rf"x\.npz' also holds {unread}, which is not read"):
+        data.load(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("context", [np.arange(3), np.arange(6.0).reshape(3, 2)])
