@@ -6,7 +6,7 @@ __all__ = ["check_likelihood", "check_pair", "check_posterior", "check_prior"]
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import scipy
@@ -457,17 +457,15 @@ def _check_copies(
     ``law(part, to)`` is the distribution of a copy, `to` bringing its inputs to its precision.
     """
     scores = as_pyro(law(part, lambda tensor: tensor)).log_prob(value)
-    for place, module in part.named_modules():
-        for name, held in vars(module).items():
-            if isinstance(held, Tensor) and held.is_floating_point():
-                twin = copy.deepcopy(part)
-                vars(twin.get_submodule(place))[name] = 2 * held + 1
-                if not torch.equal(as_pyro(law(twin, Tensor.clone)).log_prob(value), scores):
-                    raise ValueError(
-                        f"the density depends on '{'.'.join(filter(None, (place, name)))}', a "
-                        f"tensor that is no parameter and no buffer, and so is neither saved "
-                        f"with the weights nor moved with them: give it to register_buffer"
-                    )
+    for place, name, held in _plain_tensors(part):
+        twin = copy.deepcopy(part)
+        vars(twin.get_submodule(place))[name] = 2 * held + 1
+        if not torch.equal(as_pyro(law(twin, Tensor.clone)).log_prob(value), scores):
+            raise ValueError(
+                f"the density depends on '{'.'.join(filter(None, (place, name)))}', a tensor that "
+                f"is no parameter and no buffer, and so is neither saved with the weights nor "
+                f"moved with them: give it to register_buffer"
+            )
     twin = copy.deepcopy(part)
     for parameter in twin.parameters():
         parameter.add_(torch.randn_like(parameter))
@@ -490,6 +488,14 @@ def _check_copies(
             "after .double() the density is another or not in double precision: keep constants in "
             "buffers, and make tensors in the dtype of the parameters"
         )
+
+
+def _plain_tensors(part: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Tensors in attributes that are neither parameters nor buffers, by module and name."""
+    for place, module in part.named_modules():
+        for name, held in vars(module).items():
+            if isinstance(held, Tensor) and held.is_floating_point():
+                yield place, name, held
 
 
 def _check_gradients(prior: nn.Module, scores: Tensor) -> None:
