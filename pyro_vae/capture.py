@@ -39,11 +39,12 @@ _READS = (
     Tensor.__bool__,
     Tensor.__int__,
     Tensor.__float__,
-    Tensor.__index__,
     Tensor.__complex__,
     Tensor.item,
     Tensor.tolist,
 )
+# Likewise, and not refused by torch itself where the tensor is computed in the graph.
+_UNREFUSED = (Tensor.__index__, Tensor.is_nonzero, torch.is_nonzero)
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 
 
@@ -218,9 +219,8 @@ class _Recording(TorchFunctionMode):
             if function is Tensor.item:
                 return result
             return tree_map_only(Tensor, lambda each: _marked(each, origins), result)
-        # Of what is computed in the graph torch refuses all of them but an index.
         held = function in _READS and not isinstance(args[0], FakeTensor)
-        if (held or function is Tensor.__index__) and not _warns(sys._getframe(1)):
+        if (held or function in _UNREFUSED) and not _warns(sys._getframe(1)):
             raise NotImplementedError("the value of a tensor that it holds is no part of a graph")
         if function is Tensor.item and args[0].is_floating_point():
             return args[0].detach().double()  # as a Python number would be

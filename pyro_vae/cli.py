@@ -177,7 +177,7 @@ def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[s
         allow_abbrev=False,
     )
     if command is commands.train:
-        given = _configs_first([*_resumed(given), *given])
+        given = _first([*_resumed(given), *given], "config")
         _check_configs(given)
         _check_classes(given)
         parser.add_argument("--config", action="config", help="Repeat a run from its config.yaml.")
@@ -185,6 +185,7 @@ def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[s
             "--allow", action="append", default=[], help=f"{_ALLOW} --config may import."
         )
     renamed = [kind for kind in KINDS if _renamed(kind, given)]
+    given = _first(_first(given, *renamed), "config")
     _add(parser, command, renamed)
     try:
         parsed: Namespace = parser.parse_args(given)
@@ -197,12 +198,21 @@ def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[s
 
 def _renamed(kind: str, given: list[str]) -> bool:
     """Whether a class is named that is not the configuration's."""
-    names = [name for name in _values(given, kind) if re.fullmatch(r"[\w.]+", name)]
-    if not names or names[-1] == "null":
+    names = [_class(value) for value in _values(given, kind)]
+    if not names or names[-1] in (None, "null"):
         return False
     contents = [yaml.safe_load(Path(path).read_text()) for path in _values(given, "config")]
     before = [Part.of(each[kind]).name for each in contents if each.get(kind)]
     return not before or find(names[-1], kind) is not find(before[-1], kind)
+
+
+def _class(value: str) -> str | None:
+    """The class that an option's value names, also within a mapping."""
+    if re.fullmatch(r"[\w.]+", value):
+        return value
+    with contextlib.suppress(yaml.YAMLError, TypeError, KeyError, ValueError):
+        return Part.of(yaml.safe_load(value)).name
+    return None
 
 
 def _alone(kind: str, given: list[str]) -> Any:
@@ -337,14 +347,19 @@ def _resumed(given: list[str]) -> list[str]:
     return ["--config", str(path)]
 
 
-def _configs_first(given: list[str]) -> list[str]:
-    """Put each ``--config FILE`` first, so that options count more wherever they stand."""
+def _first(given: list[str], *options: str) -> list[str]:
+    """Put some options with their value first.
+
+    A configuration, so that others count more wherever they stand; a class, so that its options
+    may stand before it.
+    """
     first, rest, words = list[str](), list[str](), iter(given)
     for word in words:
-        if word == "--config":
-            first += [word, *itertools.islice(words, 1)]
+        name, sign, _ = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in options:
+            rest.append(word)
         else:
-            (first if word.startswith("--config=") else rest).append(word)
+            first += [word] if sign else [word, *itertools.islice(words, 1)]
     return [*first, *rest]
 
 

@@ -175,7 +175,7 @@ class PredictiveCheck:
     def p_values(self) -> dict[str, float]:
         """Two-sided tail probabilities of the observed values among the replicated.
 
-        NaN where one of these values is.
+        NaN where the observed value or a replicated one is NaN.
         """
         values = {}
         for name, draws in self.replicated.items():
@@ -405,8 +405,8 @@ def _need_draws(programs: Programs, what: str) -> None:
         ValueError: It is a Bernoulli of grey levels.
     """
     law = programs.observed["fn"]
-    while isinstance(law, Independent):
-        law = law.base_dist
+    while not isinstance(law, GreyscaleBernoulli) and hasattr(law, "base_dist"):
+        law = law.base_dist  # of independent elements, some of which may be missing
     if isinstance(law, GreyscaleBernoulli):
         raise ValueError(
             f"a Bernoulli of grey levels draws black and white where the data are grey: train on "

@@ -447,7 +447,7 @@ def _integral(
     side = (257, 65, 33)[latent - 1]
     for _ in range(40):
         points, scores = _scored_grid(programs, batch, low, high, side)
-        inside, large = (points[scores > scores.max() - nats] for nats in (40, 20))
+        inside, large = (points[scores > scores.max() - nats] for nats in (40, 8))
         width = high - low
         step = width / (side - 1)
         below, above = large.amin(0) < low + step / 2, large.amax(0) > high - step / 2

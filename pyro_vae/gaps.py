@@ -154,8 +154,8 @@ def _twice(value: Callable[[], Tensor]) -> Tensor:
 
 
 def _better(one: Tensor, other: Tensor) -> Tensor:
-    """For each datum the better of two bounds ``(2, N)``; the other where one is NaN."""
-    return one.where(one[0] >= other[0], other)
+    """For each datum the better of two bounds ``(2, N)``, and of these one that is no NaN."""
+    return one.where((one[0] >= other[0]) | other[0].isnan(), other)
 
 
 def _diagonal(programs: Programs) -> bool:

@@ -167,17 +167,17 @@ def compare(
     table: dict[str, dict[str, dict[str, float]]] = {}
     variants: dict[str, Any] = {}
     seen: dict[str, tuple[str, tuple[str, ...]]] = {}
-    others: dict[str, set[str]] = {}
+    others: dict[tuple[str, str], set[str]] = {}
     for run in runs:
         with Run(run).settings() as settings:
-            for key in settings.keys() - {by, pair, *_WHERE}:
-                value = json.dumps(settings[key], sort_keys=True, default=str)
-                others.setdefault(key, set()).add(value)
             for key in (by, pair):
                 if key not in settings:
                     raise ValueError(f"'{run}' has no setting '{key}' in its config.yaml")
             variant, partner = (_named(settings[key], key) for key in (by, pair))
             variants[variant] = settings[by]
+            for key in settings.keys() - {by, pair, *_WHERE}:
+                value = json.dumps(settings[key], sort_keys=True, default=str)
+                others.setdefault((key, partner), set()).add(value)
         values, kind = _values(run, split)
         _check_alike(seen.setdefault("", (run, kind[:1])), (run, kind[:1]))
         _check_alike(seen.setdefault(partner, (run, kind)), (run, kind))
@@ -192,8 +192,8 @@ def compare(
     names = _short(variants, by) if by in KINDS else {each: each for each in variants}
     rows = _differences({names[each]: values for each, values in table.items()}, by, pair)
     print(_text(rows))
-    if also := sorted(key for key, values in others.items() if len(values) > 1):
-        print(f"these runs differ in {', '.join(also)} too, so that it is not {by} alone")
+    if also := sorted({key for (key, _), values in others.items() if len(values) > 1}):
+        print(f"runs of a pair differ in {', '.join(also)} too, so that it may not be {by} alone")
     if alone := [str(row[by]) for row in rows[1:] if row["pairs"] == 1]:
         print(
             f"no interval for {', '.join(alone)}, with one pair each: it takes two at least, so "
@@ -297,7 +297,7 @@ def _read(path: Path, key: str) -> dict[str, Array] | None:
             same = str(file["key"]) == key
             there = same and {*_ARRAYS, "dimensions", "level"} <= set(file.files)
             return {name: file[name] for name in file.files if name != "key"} if there else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 

@@ -11,12 +11,13 @@ __all__ = [
     "restored",
     "unassigned",
     "undrawn",
+    "ungraded",
 ]
 
 import contextlib
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -52,11 +53,11 @@ def reached(*programs: Any) -> Iterator[nn.Module | Tensor]:
         elif isinstance(each, FunctionType):
             if inspect.unwrap(each) is not each:
                 queue.append(inspect.unwrap(each))
-            if each.__module__.partition(".")[0] not in ("pyro", "torch"):
+            if (each.__module__ or "").partition(".")[0] not in ("pyro", "torch"):
                 queue += _named(each, each.__code__)
         elif isinstance(each, (dict, list, tuple)):
             within = each.values() if isinstance(each, dict) else each
-            queue += [one for one in within if isinstance(one, (nn.Module, Tensor))]
+            queue += [one for one in within if isinstance(one, nn.Module)]
         elif _is_program(each):
             queue += [type(each).__call__, *vars(each).values()]
 
@@ -101,7 +102,7 @@ def kind(leaf: Any) -> Any:
         return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
     if isinstance(leaf, FLOATS):
         return float
-    plain = leaf is None or isinstance(leaf, (bool, int, str))
+    plain = leaf is None or isinstance(leaf, (bool, int, str, np.generic))
     return type(leaf), leaf if plain else id(leaf)
 
 
@@ -126,6 +127,19 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
             for each, value in zip(tensors, before, strict=True):
                 if not torch.equal(each, value):
                     each.copy_(value)
+
+
+@contextlib.contextmanager
+def ungraded(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Take gradients away for a while, and put them back."""
+    before = [(each, each.grad) for each in tensors if each.is_leaf]
+    try:
+        for each, _ in before:
+            each.grad = None
+        yield
+    finally:
+        for each, gradient in before:
+            each.grad = gradient
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from pyro_vae.state import (
     restored,
     unassigned,
     undrawn,
+    ungraded,
 )
 
 Program = Callable[..., Any]
@@ -259,14 +260,13 @@ class CompiledSVI:
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         traced = poutine.trace(param_only=True)
         checked = validation(True) if self.validate else contextlib.nullcontext()
-        stored = dict(pyro.get_param_store().named_parameters()).values()
-        kept = [(each, each.grad) for each in (*modules.parameters(), *stored, *tensors)]
-        for each, _ in kept:
-            each.grad = None
-        with undisturbed(modules, tensors), restored(self._loose(loss)), checked, traced:
+        stored = dict(pyro.get_param_store().named_parameters())
+        every = (*modules.parameters(), *stored.values(), *tensors)
+        with (
+            undisturbed(modules, tensors), restored(self._loose(loss)), ungraded(every),
+            checked, traced,
+        ):  # fmt: skip
             value = getattr(loss, method)(self.model, self.guide, *args, **kwargs)
-        for each, gradient in kept:
-            each.grad = gradient
         if isinstance(value, tuple):
             raise TypeError(f"the losses of {type(loss).__name__} are several: use pyro.infer.SVI")
         parameters = _unique(traced.trace)
@@ -279,8 +279,8 @@ class CompiledSVI:
         changed = [
             f"attribute '{key[1]}' changes" for key in before if after.get(key) != before[key]
         ]
-        for name in _put_back(traced.trace):
-            del parameters[name]
+        for name in _put_back(traced.trace, stored):
+            parameters.pop(name, None)
             changed.append(f"parameter '{name}' is assigned")
         return parameters, changed[0] if changed else None
 
@@ -363,7 +363,8 @@ class CompiledSVI:
             loss = getattr(self.loss, method)(self.model, self.guide, *args, **kwargs)
         if method == "loss_and_grads":
             parameters = _unique(traced.trace)
-            self._follow({name: p for name, p in parameters.items() if p.grad is not None})
+            sloped = {name: p for name, p in parameters.items() if p.grad is not None}
+            self._follow(sloped or parameters)
         return torch.as_tensor(loss, dtype=torch.float64).detach()
 
     def _follow(self, parameters: Mapping[str, Tensor]) -> None:
@@ -495,10 +496,10 @@ def _precision() -> tuple[Any, ...]:
     return *autocast, *exact
 
 
-def _put_back(trace: poutine.Trace) -> list[str]:
+def _put_back(trace: poutine.Trace, before: Mapping[str, Tensor]) -> list[str]:
     """Undo what a run has assigned to the param store beside making its parameters.
 
-    Returns the names of these entries.
+    `before` is what was there. Returns the names of these entries.
     """
     store = pyro.get_param_store()
     now = dict(store.named_parameters())
@@ -506,7 +507,7 @@ def _put_back(trace: poutine.Trace) -> list[str]:
         name
         for name, site in trace.nodes.items()
         if site["type"] == "param" and name in now
-        if now[name] is not site["value"].unconstrained()
+        if now[name] is not (before.get(name) if name in before else site["value"].unconstrained())
     ]
     for name in assigned:
         store[name] = trace.nodes[name]["value"].detach()

@@ -279,14 +279,32 @@ def test_options_count_more_than_the_configuration_wherever_they_stand(line, run
     ],
 )
 def test_a_class_that_is_named_has_its_own_defaults(kind, name, option, own, here, capsys):
-    with pytest.raises(SystemExit):
-        call(f"{QUICK} --{kind} {name} --print_config")
-    assert yaml.safe_load(capsys.readouterr().out)[kind]["init_args"][option] == own
+    for line in (f"--{kind} {name}", f"--{kind}={name}"):
+        with pytest.raises(SystemExit):
+            call(f"{QUICK} {line} --print_config")
+        assert yaml.safe_load(capsys.readouterr().out)[kind]["init_args"][option] == own
     assert call(f"{QUICK} --{kind} {name} --out run") == 0
     assert (
         yaml.safe_load((here / "run" / "config.yaml").read_text())[kind]["init_args"][option]
         == own
     )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--optimizer AdamW --optimizer.eps 1e-3",
+        "--optimizer.eps 1e-3 --optimizer AdamW",
+        '--optimizer.eps=1e-3 --lr 0.1 --optimizer={"class_path":"torch.optim.AdamW"}',
+        "--optimizer.eps 1e-3 --optimizer AdamW --config config.yaml",
+    ],
+)
+def test_a_class_may_be_named_after_its_options(line, here):
+    had = {"class_path": "torch.optim.Adam", "init_args": {"weight_decay": 0.2}}
+    (here / "config.yaml").write_text(yaml.safe_dump({"optimizer": had}))
+    assert main([*QUICK.split(), *line.split(), "--out", "run"]) == 0
+    found = yaml.safe_load((here / "run" / "config.yaml").read_text())["optimizer"]["init_args"]
+    assert (found["eps"], found["weight_decay"]) == (1e-3, 0.01)
 
 
 def test_another_class_than_the_configurations_has_none_of_its_options(here):

@@ -1,5 +1,6 @@
 """Diagnostics on models whose answer is known."""
 
+import itertools
 import math
 from functools import partial
 
@@ -25,6 +26,7 @@ from pyro_vae.diagnostics import (
     to_arviz,
 )
 from pyro_vae.evaluation import log_likelihood, quadrature
+from pyro_vae.gaps import _better
 from pyro_vae.objectives import WakeSleep
 
 pytestmark = pytest.mark.filterwarnings("ignore:the importance weights")
@@ -217,6 +219,11 @@ class Chain(nn.Module):
                 pyro.sample("z2", dist.Normal(first, 0.1).to_event(1))
 
 
+def test_a_fit_that_went_astray_is_not_the_better_one():
+    one, two = torch.tensor([[3.0, math.nan, 1.0]] * 2), torch.tensor([[2.0, 1.0, math.nan]] * 2)
+    assert torch.equal(_better(one, two), torch.tensor([[3.0, 1.0, 1.0]] * 2))
+
+
 def test_sites_that_depend_on_each_other_are_not_taken_for_independent():
     x = torch.randn(20, 1)
     down, up = decompose(Chain(), x), decompose(Chain(upwards=True), x)
@@ -341,7 +348,9 @@ def test_the_false_alarm_rate_of_calibration_is_what_it_says():
 def test_grey_levels_have_no_calibration():
     grey = likelihoods.Bernoulli(MLP(2, [], 4), greyscale=True)
     vae = VAE(priors.Normal(2), grey, posteriors.Normal(MLP(4, [], (2, 2))))
-    for look in (calibration, partial(predictive_check, statistics={"ink": torch.mean})):
+    looks = calibration, partial(predictive_check, statistics={"ink": torch.mean})
+    for look, likelihood in itertools.product(looks, (grey, likelihoods.Missing(grey))):
+        vae.likelihood = likelihood
         with pytest.raises(ValueError, match="draws black and white where the data are grey"):
             look(vae, torch.rand(5, 4))
 

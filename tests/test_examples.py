@@ -338,6 +338,8 @@ def test_aevb_comes_where_it_is_published(figure, monkeypatch):
         [each for each in reporting.order(some, **how) if "AEVB" in each["order"]]
         for some in (rows, turned)
     )
+    if figure == "2":
+        assert [each["points"] for each in found] == 18 * [6]
     assert found
     assert all(each["agree"] == each["points"] and each["lead"] > 0 for each in found)
     assert all(each["agree"] == 0 for each in contrary)

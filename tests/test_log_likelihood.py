@@ -305,6 +305,21 @@ def test_quadrature_goes_where_no_draw_has_been():
     assert (found.error <= 1e-3).all()
 
 
+@pytest.mark.parametrize("latent", [1, 2])
+def test_quadrature_keeps_to_the_peak_of_a_heavy_tail(latent):
+    vae = VAE(
+        priors.StudentT(latent, df=3),
+        likelihoods.Bernoulli(MLP(latent, [], 5)),
+        posteriors.Normal(MLP(5, [], (2, latent))),
+    )
+    for each in vae.likelihood.parameters():
+        nn.init.zeros_(each)
+    x = torch.ones(2, 5, dtype=torch.get_default_dtype())
+    truth = torch.full((2,), -5 * math.log(2), dtype=torch.float64)
+    # The tails beyond the draws that the grid begins from have less than a hundredth of the mass.
+    assert torch.allclose(quadrature(vae, x).log_likelihood, truth, atol=1e-2)
+
+
 def test_quadrature_of_counts_is_that_of_real_latents():
     encoder = MLP(1, [], (2, 1), transform=lambda x: x.double().log1p())
     vae = VAE(priors.Normal(1), likelihoods.Poisson(nn.Linear(1, 1)), posteriors.Normal(encoder))

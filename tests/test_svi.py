@@ -569,8 +569,10 @@ class Switched(nn.Module):
         int,
         lambda v: v.tolist(),
         lambda v: [5.0, 6.0, 7.0][v.long()],
+        lambda v: 1.0 if (v - 1).is_nonzero() else 0.0,
+        lambda v: 1.0 if torch.is_nonzero(v - 1) else 0.0,
     ],
-    ids=["if", "item", "float", "int", "tolist", "index"],
+    ids=["if", "item", "float", "int", "tolist", "index", "nonzero", "torch.is_nonzero"],
 )
 def test_a_tensor_that_is_read_as_a_number_is_never_a_constant(read):
     ends = []
@@ -601,6 +603,45 @@ def test_handlers_around_a_step_are_heard():
         ends.append(losses)
         assert svi.mode == mode
     assert ends[0] == pytest.approx(ends[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [np.int64, np.bool_, int])
+def test_numbers_of_numpy_are_known_again(make):
+    def model(x, count):
+        mean = pyro.param("mean", torch.zeros(3))
+        pyro.sample("x", dist.Normal(mean, 1.0 + int(count)).expand([4, 3]).to_event(2), obs=x)
+
+    svi = CompiledSVI(model, nothing, STEP, Trace_ELBO(), mode="captured")
+    for _ in range(3):
+        svi.step(X, make(3))
+    assert len(svi._runs) == 1
+
+
+def test_an_entry_of_the_param_store_that_has_the_name_of_a_weight_is_let_be():
+    vae = VAE(*vae_parts())
+    name, weight = next(iter(vae.named_parameters()))
+    pyro.param(name, torch.full_like(weight, 7.0))
+    svi = CompiledSVI(vae.model, vae.guide, STEP, Trace_ELBO(max_plate_nesting=1), mode="captured")
+    svi.step(X)
+    assert (pyro.param(name) == 7).all()
+    assert svi.mode == "captured"
+
+
+def test_a_wrong_batch_leaves_gradients_as_they_were():
+    vae = VAE(*vae_parts())
+    for each in vae.parameters():
+        each.grad = torch.ones_like(each)
+    svi = CompiledSVI(vae.model, vae.guide, STEP, Trace_ELBO(max_plate_nesting=1))
+    with pytest.raises(ValueError, match="takes inputs of shape"):
+        svi.evaluate_loss(X[:, :2])
+    assert all((each.grad == 1).all() for each in vae.parameters())
+
+
+def test_an_argument_may_be_computed():
+    weight = torch.ones(3, requires_grad=True)
+    vae = VAE(*vae_parts())
+    svi = CompiledSVI(vae.model, vae.guide, STEP, Trace_ELBO(max_plate_nesting=1), mode="eager")
+    assert math.isfinite(svi.evaluate_loss(X * weight))
 
 
 @pytest.mark.parametrize("make", [np.float32, lambda value: np.array(value, dtype="float32")])
