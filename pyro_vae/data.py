@@ -301,7 +301,7 @@ def _warn_unused(arrays: dict[str, Array], used: Sequence[str], path: Path) -> N
         name
         for name in arrays.keys() - set(used)
         if (found := np.shape(arrays[name]))
-        if found[0] == shape[0] or (len(found) > 1 and found[1:] == shape[1:])
+        if found[:1] == shape[:1] or (len(found) > 1 and found[1:] == shape[1:])
     ]
     if unused:
         warnings.warn(

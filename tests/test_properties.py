@@ -199,6 +199,7 @@ def test_any_context_and_labels_are_taken_or_refused(drawn, count):
         check(loaded.conditioned(), x, False)
 
 
+@pytest.mark.filterwarnings("ignore:.*also holds")
 @bounded
 @given(
     st.dictionaries(st.sampled_from(["x", "train", "test", "labels", "y"]), small), st.booleans()
