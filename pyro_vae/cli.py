@@ -176,6 +176,7 @@ def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[s
         exit_on_error=False,
         allow_abbrev=False,
     )
+    renamed = list[str]()
     if command is commands.train:
         given = _first([*_resumed(given), *given], "config")
         _check_configs(given)
@@ -184,8 +185,8 @@ def _parsed(name: str, command: Callable[..., None], given: list[str]) -> dict[s
         parser.add_argument(
             "--allow", action="append", default=[], help=f"{_ALLOW} --config may import."
         )
-    renamed = [kind for kind in KINDS if _renamed(kind, given)]
-    given = _first(_first(given, *renamed), "config")
+        renamed = [kind for kind in KINDS if _renamed(kind, given)]
+        given = _first(_first(given, *renamed), "config")
     _add(parser, command, renamed)
     try:
         parsed: Namespace = parser.parse_args(given)
@@ -221,11 +222,7 @@ def _alone(kind: str, given: list[str]) -> Any:
     Where both take an option of one name, the parser would hand its value on: AdamW would have
     the weight decay of Adam.
     """
-    own, taken = list[str](), False
-    for word in given:
-        if word.startswith("--"):
-            taken = word.partition("=")[0].partition(".")[0] == f"--{kind}"
-        own += [word] if taken else []
+    own, _ = _divided(given, lambda option: option.partition(".")[0] == kind)
     parser = _Parser(exit_on_error=False, allow_abbrev=False)
     _add_class(parser, kind, default=None)
     return parser.parse_args(own)[kind]
@@ -320,12 +317,17 @@ def _again(given: list[str], ranks: Ranks) -> list[str]:
 
 def _without(given: list[str], options: Sequence[str]) -> list[str]:
     """Leave out some options with their values."""
-    kept, taken = list[str](), False
+    return _divided(given, lambda option: option in options)[1]
+
+
+def _divided(given: list[str], chosen: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """The words of options whose names are chosen, with their values, and all others."""
+    own, others, taken = list[str](), list[str](), False
     for word in given:
         if word.startswith("--"):
-            taken = word.partition("=")[0].removeprefix("--") in options
-        kept += [] if taken else [word]
-    return kept
+            taken = chosen(word.partition("=")[0].removeprefix("--"))
+        (own if taken else others).append(word)
+    return own, others
 
 
 def _resumed(given: list[str]) -> list[str]:

@@ -204,14 +204,15 @@ class Estimate:
 
     @staticmethod
     def joined(parts: Sequence[Estimate]) -> Estimate:
-        """The estimates of several parts of the data as one."""
+        """The estimates of several parts of the data as one, complete if all of them are."""
+        whole = all(part.dimensions is not None for part in parts)
         return Estimate(
             torch.cat([part.log_likelihood for part in parts]),
             torch.cat([part.monte_carlo_error for part in parts]),
             torch.cat([part.effective_sample_size for part in parts]),
             torch.cat([part.pareto_k for part in parts]),
             parts[0].samples,
-            parts[0].dimensions,
+            parts[0].dimensions if whole else None,
             parts[0].level,
         )
 
@@ -287,7 +288,7 @@ def log_likelihood(
     parts: list[Estimate] = []
     complete = True
     for batch in batches(data):
-        complete = complete and not bool(batch[0].isnan().any())
+        complete &= not batch[0].isnan().any()
         programs = programs or Programs(pair, batch)
         size = chunk or at_a_time(batch)
         # Several data at once, but with so many draws of each that encoding them is cheap.

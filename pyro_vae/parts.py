@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS", "KINDS", "Blueprint", "Part", "find", "make", "named", "step_needs"]
+__all__ = ["ACTIVATIONS", "KINDS", "Blueprint", "Part", "check_step", "find", "make", "named"]
 
 import dataclasses
 import difflib
@@ -311,17 +311,13 @@ def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given
     }
     at_hand = {key: cast("Callable[[], Any]", lambda v=value: v) for key, value in given.items()}
     found = find(part.name, kind, allow=allow)
-    if needs := step_needs(found):
-        raise ValueError(
-            f"{part.name} cannot train here, since its step needs {', '.join(needs)}; choose "
-            f"another {kind}"
-        )
+    check_step(found, kind)
     return _construct(found, Part(part.name, options), at_hand)
 
 
 def named(kind: str) -> list[str]:
     """Return the names of the classes of a kind that train and need no import path."""
-    return sorted(name for name, each in _classes(kind).items() if not step_needs(each))
+    return sorted(name for name, each in _classes(kind).items() if not _step_needs(each))
 
 
 def _classes(kind: str) -> dict[str, type]:
@@ -370,7 +366,20 @@ def _required(function: Callable[..., Any]) -> list[str]:
     return [key for key, each in parameters if each.default is each.empty and not _is_rest(each)]
 
 
-def step_needs(part: type) -> list[str]:
+def check_step(part: type, kind: str) -> None:
+    """Refuse an optimiser or a schedule whose ``step`` asks for what training cannot know.
+
+    Raises:
+        ValueError: It does.
+    """
+    if needs := _step_needs(part):
+        raise ValueError(
+            f"{part.__name__} cannot train here, since its step needs {', '.join(needs)}; choose "
+            f"another {kind}"
+        )
+
+
+def _step_needs(part: type) -> list[str]:
     """What the ``step`` of an optimiser or a schedule asks for, which training cannot know."""
     return [key for key in _required(getattr(part, "step", lambda: None)) if key != "self"]
 

@@ -7,7 +7,6 @@ __all__ = ["compare", "evaluate"]
 import csv
 import hashlib
 import io
-import json
 import math
 import warnings
 import zipfile
@@ -176,7 +175,7 @@ def compare(
             variant, partner = (_named(settings[key], key) for key in (by, pair))
             variants[variant] = settings[by]
             for key in settings.keys() - {by, pair, *_WHERE}:
-                value = json.dumps(settings[key], sort_keys=True, default=str)
+                value = dumps(settings[key], sort_keys=True, default=str)
                 others.setdefault((key, partner), set()).add(value)
         values, kind = _values(run, split)
         _check_alike(seen.setdefault("", (run, kind[:1])), (run, kind[:1]))

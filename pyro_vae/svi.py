@@ -507,7 +507,7 @@ def _put_back(trace: poutine.Trace, before: Mapping[str, Tensor]) -> list[str]:
         name
         for name, site in trace.nodes.items()
         if site["type"] == "param" and name in now
-        if now[name] is not (before.get(name) if name in before else site["value"].unconstrained())
+        if now[name] is not before.get(name, site["value"].unconstrained())
     ]
     for name in assigned:
         store[name] = trace.nodes[name]["value"].detach()

@@ -31,7 +31,7 @@ from pyro_vae.mapped import Mapped
 from pyro_vae.objectives import BetaELBO
 from pyro_vae.optimizers import optimizer_of, update
 from pyro_vae.pairs import check_objective, check_pair
-from pyro_vae.parts import step_needs
+from pyro_vae.parts import check_step
 from pyro_vae.progress import Metrics, Progress, Standing
 from pyro_vae.scoring import validation, whole
 from pyro_vae.splits import Data, Split
@@ -160,11 +160,8 @@ def fit(
     annealed.weight = annealed.weight.to(device)
     optim = optimizer_of(optimizer, parameters)
     scheduler = schedule(optim) if schedule else None
-    for each in (optim, scheduler):
-        if needs := step_needs(type(each)):
-            raise TypeError(
-                f"{type(each).__name__} cannot train here, since its step needs {', '.join(needs)}"
-            )
+    check_step(type(optim), "optimizer")
+    check_step(type(scheduler), "schedule")
     batches = math.ceil(len(data.train) / batch_size)
     plain = {"batch_size": batch_size, "warmup": warmup, "clip": clip, "patience": patience}
     plain["processes"] = ranks.size

@@ -406,7 +406,12 @@ def test_data_come_as_splits_tensors_batches_or_many(pixels):
 def test_a_bound_takes_data_as_estimates_do(pixels):
     x, pair = pixels[:8].clone(), pca_pair(pixels, 2)[0]
     split = data.split(x, validation=0, test=0)
-    for given in (split.train, x, (x,), [(x[:4],), (x[4:],)], iter([(x,)])):
+    torch.manual_seed(0)
+    expected = bound(pair, [(x,)]).elbo
+    for given in (x, (x,), iter([(x,)])):
+        torch.manual_seed(0)
+        assert torch.equal(bound(pair, given).elbo, expected)
+    for given in (split.train, [(x[:4],), (x[4:],)]):
         assert bound(pair, given).elbo.shape == (8,)
     for estimate in (bound, log_likelihood):
         for given, kind in ((split, "Data"), (3, "int")):
@@ -436,6 +441,8 @@ def test_there_are_no_bits_where_any_datum_is_incomplete():
     x[5, 3] = math.nan
     for given in (x, [(x[:4],), (x[4:],)]):
         assert log_likelihood(vae, given, samples=30).bits_per_dimension is None
+    parts = [log_likelihood(vae, part, samples=30) for part in (x[:4], x[4:])]
+    assert Estimate.joined(parts).bits_per_dimension is None
 
 
 class Noted(nn.Module):

@@ -270,7 +270,7 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     ],
 )
 def test_steps_that_need_more_are_refused_before_anything_is_written(options, words, tmp_path):
-    with pytest.raises(TypeError, match=words):
+    with pytest.raises(ValueError, match=words):
         quiet(linear_vae(4, 2), normal_data(), run=tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
