@@ -190,6 +190,7 @@ class Fragile(priors.Normal):
         self.calls += 1
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
         if self.calls == 60 and first and os.environ["RANK"] == os.environ.get("DIES"):
+            open("died", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().forward()
 """
@@ -206,7 +207,9 @@ def test_torchrun_starts_a_job_again_that_goes_on_from_its_checkpoint(tmp_path, 
     assert "2 processes, each with batches of 64" in whole.stdout
     again = torchrun("--max-restarts", "1", *TRAIN, "--out", "again", DIES="1")
     assert again.returncode == 0, again.stderr
-    assert "another process of this job has ended" in again.stderr
+    # Torchrun may end the other process before it finds out: what it would say is tested above.
+    assert Path("died").exists()
+    assert again.stderr.count("| 0.00/") == 1  # the second start did not begin at the first image
     # Started again, a job does not take the run of another one for its own.
     kept = {path: path.read_bytes() for path in Path("whole").rglob("*") if path.is_file()}
     refused = torchrun("--max-restarts", "1", *TRAIN, "--epochs", "8", "--out", "whole")
