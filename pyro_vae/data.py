@@ -362,11 +362,11 @@ def _dense(path: Path) -> torch.Tensor:
 
 
 def _channels(array: Array, path: Path) -> torch.Tensor:
-    """Images channel first: ``(N, H, W)`` gets one channel, ``(N, H, W, 3)`` is transposed."""
+    """Images channel first: ``(N, H, W)`` gets one; 1, 3 or 4 at the end, if least, are moved."""
     x = tensor(array, f"'{path}'")
     if x.dim() == 3:
         return x.unsqueeze(1)
-    if x.dim() == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+    if x.dim() == 4 and x.shape[-1] in (1, 3, 4) and x.shape[-1] < min(x.shape[1:3]):
         return x.permute(0, 3, 1, 2).contiguous()
     return x
 
@@ -402,6 +402,7 @@ def _image(file: Path) -> torch.Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 deep, grey = image.mode[0] in "IF", image.mode in ("1", "L", "LA")
+                frames = getattr(image, "n_frames", 1)
                 pixels = np.array(image.convert("L" if grey else "RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"'{file}' unpacks to more pixels than is sane; remove it") from error
@@ -409,6 +410,8 @@ def _image(file: Path) -> torch.Tensor:
         raise ValueError(f"'{file}' is damaged or no image; remove or replace it") from error
     if deep:  # Pillow has clipped it at 255
         raise ValueError(f"'{file}' has more than 8 bits a pixel; save it with 8 bits or as .npy")
+    if frames > 1:
+        raise ValueError(f"'{file}' holds {frames} images; save each in a file of its own")
     return torch.from_numpy(pixels[None] if grey else pixels.transpose(2, 0, 1))
 
 

@@ -137,13 +137,13 @@ class BetaELBO(ELBO):
 class FreeBits(Direct):
     """ELBO whose KL costs nothing below a floor, ``E_q[log p(x|z)] - sum_g max(f, KL_g)``.
 
-    ``KL_g`` is the mean over the batch of the KL of a group g of latents, which lie in the
-    plate ``data``; a latent outside of that has no floor. Groups are the dimensions of z
-    where prior and posterior both factorise and their KL has a closed form (with several
-    latents, where the guide has the order of the model), and otherwise whole sites. Where
-    data have scales of their own, the mean is weighted by these. Kingma et al. (2016),
-    Improving Variational Inference with Inverse Autoregressive Flow, equation 15. The value
-    is a lower bound, looser than the ELBO by what the floors add.
+    ``KL_g`` is the mean, over those data of the batch whose latents are not all masked, of the KL
+    of a group g of latents, which lie in the plate ``data``; one outside of that has no floor.
+    Groups are the dimensions of z where prior and posterior both factorise and their KL has a
+    closed form (with several latents, where the guide has the order of the model), and otherwise
+    whole sites. Where data have scales of their own, the mean is weighted by these. Kingma et al.
+    (2016), Improving Variational Inference with Inverse Autoregressive Flow, equation 15. The
+    value is a lower bound, looser than the ELBO by what the floors add.
 
     Args:
         nats: The floor f of each group's KL, at least 0.
@@ -212,7 +212,13 @@ class FreeBits(Direct):
         scale = torch.as_tensor(site["scale"]).to(kl).expand(len(kl))
         total = scale @ kl
         # Without a floor the sum is the KL itself, also where a drawn one is negative.
-        return (total.clamp(min=self.nats * scale.sum()) if self.nats else total).sum()
+        if not self.nats:
+            return total.sum()
+        if site["mask"] is not None:
+            mask = torch.as_tensor(site["mask"], device=kl.device).expand(site["fn"].batch_shape)
+            rows = mask.movedim(int(data_dim(site) or 0), 0).reshape(len(kl), -1)
+            scale = scale * rows.any(1)
+        return total.clamp(min=self.nats * scale.sum()).sum()
 
 
 class WakeSleep(Direct):

@@ -311,7 +311,8 @@ class Flow(Prior):
             raise ValueError(
                 f"a Flow prior with context={self.context} was given {given} context features"
             )
-        flow = self.flow(torch.cat(context, -1))
+        batch = torch.broadcast_shapes(*(c.shape[:-1] for c in context))
+        flow = self.flow(torch.cat([c.expand(*batch, -1) for c in context], -1))
         return flow
 
 

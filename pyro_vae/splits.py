@@ -395,6 +395,8 @@ def split(
 def tensor(value: Any, name: str) -> Tensor:
     """Return a tensor, an array, a number or an image (as bytes, channel first) as a tensor.
 
+    What a masked array masks is missing, and becomes NaN.
+
     Raises:
         ValueError: It holds no real numbers, or whole ones of 2^63 and more; `name` says what
             did.
@@ -407,6 +409,9 @@ def tensor(value: Any, name: str) -> Tensor:
         raise ValueError(
             f"{name} holds values of type {dtype}, not real numbers; give integers or floats"
         )
+    if np.ma.is_masked(value):
+        array = np.where(np.ma.getmaskarray(value), np.nan, array)
+        dtype = array.dtype
     long = dtype.kind == "u" and dtype.itemsize == 8 and array.size > 0
     if long and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} holds whole numbers of 2^63 and more; give them as floats")

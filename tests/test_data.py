@@ -183,6 +183,8 @@ def test_a_split_that_an_npz_file_lacks_is_cut_from_train(tmp_path):
         ((5, 4, 6), (0, 1, 2), (5, 1, 4, 6)),
         ((5, 4, 6, 3), (0, 3, 1, 2), (5, 3, 4, 6)),
         ((5, 4, 6, 1), (0, 3, 1, 2), (5, 1, 4, 6)),
+        ((5, 6, 7, 4), (0, 3, 1, 2), (5, 4, 6, 7)),
+        ((5, 8, 4, 4), (0, 1, 2, 3), (5, 8, 4, 4)),
         ((5, 3, 4, 6), (0, 1, 2, 3), (5, 3, 4, 6)),
         ((5, 1, 4, 3), (0, 1, 2, 3), (5, 1, 4, 3)),
         ((5, 2, 3, 4, 3), (0, 1, 2, 3, 4), (5, 2, 3, 4, 3)),
@@ -450,6 +452,14 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, limit):
 def test_deep_images_are_refused_and_not_clipped(tmp_path):
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a.png' has more than 8 bits a pixel; save it with 8"):
+        data.load(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["gif", "tif"])
+def test_files_of_several_images_are_refused(tmp_path, ending):
+    pages = [Image.fromarray(np.full((4, 4), level, np.uint8)) for level in (0, 100, 200)]
+    pages[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match=rf"a.{ending}' holds 3 images; save each in a file of"):
         data.load(tmp_path)
 
 

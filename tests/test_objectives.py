@@ -340,6 +340,25 @@ def test_data_of_free_bits_may_have_weights(nats):
     assert agree(losses_and_gradients(FreeBits(nats), vae, x, [bias]), truth)
 
 
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_free_bits_have_no_floor_for_data_that_are_masked(dim):
+    vae, x = uneven(), torch.randn(4, 3).double()
+    seen = torch.tensor([True, True, True, False])  # the last, which draws after all others
+
+    def program(mask, x, *, modelled=True):
+        x = x if dim == -1 else x[:, None]
+        with pyro.plate("data", len(x), dim=dim), poutine.mask(mask=mask):
+            z = pyro.sample("z", vae.prior() if modelled else vae.posterior(x))
+            pyro.sample("x", vae.likelihood(z), obs=x) if modelled else None
+
+    losses = []
+    for mask, rows in ((seen if dim == -1 else seen[:, None], x), (True, x[:3])):
+        pyro.set_rng_seed(2)
+        model, guide = partial(program, mask), partial(program, mask, modelled=False)
+        losses.append(FreeBits(0.3, max_plate_nesting=-dim).loss(model, guide, rows))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
 def test_free_bits_need_one_scale_for_each_datum():
     def program(weights, x, *, seen=True):
         with pyro.plate("data", 3, dim=-2), pyro.plate("views", 2, dim=-1):

@@ -51,6 +51,14 @@ def test_a_conditional_flow_keeps_the_contract():
     check_prior(priors.Flow(2, context=3, transforms=2, hidden=[16]), torch.randn(2, 3))
 
 
+def test_contexts_of_a_flow_may_have_unlike_batches():
+    """A latent above has a dimension for particles, which what a datum brings has not."""
+    flow, above, given = priors.Flow(1, context=5), torch.randn(4, 3, 2), torch.randn(3, 3)
+    z = torch.randn(4, 3, 1)
+    scores = [flow(each, given).log_prob(part) for each, part in zip(above, z, strict=True)]
+    torch.testing.assert_close(flow(above, given).log_prob(z), torch.stack(scores))
+
+
 @pytest.mark.parametrize("kind", list(CASES))
 def test_every_prior_trains(kind, digits):
     likelihood = likelihoods.Bernoulli(MLP(3, [32], digits.shape))

@@ -410,6 +410,17 @@ def test_what_may_be_missing_is_said(value, options, match):
         split(x, **options)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_what_a_masked_array_masks_is_missing(dtype):
+    x = np.ma.masked_equal(np.arange(1, 25).reshape(6, 4).astype(dtype), 7)
+    with pytest.raises(ValueError, match="1 NaN or infinite values, the first in row 1; remove"):
+        split(x)
+    (batch,) = split(x, missing=True, **WHOLE).train.batch()
+    assert batch.isnan().nonzero().tolist() == [[1, 2]]
+    (batch,) = split(np.ma.asarray(x.data), **WHOLE).train.batch()  # nothing is masked
+    assert batch[1, 2] == 7 / (255 if dtype is np.uint8 else 1)
+
+
 def test_a_row_in_which_all_is_missing_is_refused():
     x = torch.rand(20, 1, 2, 2)
     x[[4, 9]] = torch.nan
