@@ -35,7 +35,7 @@ def settings(
     """Return what makes a run that run, as plain values: what is trained, on what, and how.
 
     Args:
-        pair: What is trained.
+        pair: What is trained, by its weights' shapes and its parts' classes.
         data: Its data, of which 1000 rows of each split stand for all.
         objective: The objective, by its class and numbers.
         optimizer: The optimiser, new, by its class and options.
@@ -67,6 +67,7 @@ def settings(
         "optimizer": {"class": _name(type(optimizer)), "groups": groups},
         "data": digest.hexdigest(),
         "weights": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
+        "parts": {name or "pair": _name(type(each)) for name, each in pair.named_modules()},
     }
 
 

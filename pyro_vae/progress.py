@@ -390,7 +390,8 @@ class Progress:
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """Refuse what would not be the same run, and say what cannot be exactly the same."""
-        began = {"processes": 1, **state["settings"]}  # which earlier versions do not name
+        # Two that earlier versions do not name.
+        began = {"processes": 1, "parts": self.settings["parts"], **state["settings"]}
         for key, new in self.settings.items():
             if new is None and key == "mode":  # that which the run has
                 continue
@@ -402,7 +403,8 @@ class Progress:
                     f"{_TORCHRUN} says how many"
                 )
             if was != is_now:
-                shown = "" if key in ("data", "weights") else f": it was {was} and is {is_now}"
+                hidden = where in ("data", "weights", "parts")
+                shown = "" if hidden else f": it was {was} and is {is_now}"
                 raise ValueError(
                     f"'{self.folder}' cannot go on with other {where}{shown}; only epochs, "
                     f"checkpoint and skip_nonfinite may change"

@@ -152,7 +152,7 @@ def compare(
 
     Each run must have been evaluated. Differences are to the runs that have the setting of
     the first one, with 95 % t-intervals over the pairs. Where runs differ in other settings too,
-    these are named.
+    or L_K is not to be trusted for a part of the data, that is said.
 
     Args:
         runs: The folders of the runs.
@@ -167,6 +167,7 @@ def compare(
     variants: dict[str, Any] = {}
     seen: dict[str, tuple[str, tuple[str, ...]]] = {}
     others: dict[tuple[str, str], set[str]] = {}
+    doubtful: dict[str, float] = {}
     for run in runs:
         with Run(run).settings() as settings:
             for key in (by, pair):
@@ -177,7 +178,8 @@ def compare(
             for key in settings.keys() - {by, pair, *_WHERE}:
                 value = dumps(settings[key], sort_keys=True, default=str)
                 others.setdefault((key, partner), set()).add(value)
-        values, kind = _values(run, split)
+        values, kind, share = _values(run, split)
+        doubtful[variant] = max(share, doubtful.get(variant, 0.0))
         _check_alike(seen.setdefault("", (run, kind[:1])), (run, kind[:1]))
         _check_alike(seen.setdefault(partner, (run, kind)), (run, kind))
         if partner in table.setdefault(variant, {}):
@@ -191,6 +193,12 @@ def compare(
     names = _short(variants, by) if by in KINDS else {each: each for each in variants}
     rows = _differences({names[each]: values for each, values in table.items()}, by, pair)
     print(_text(rows))
+    if any(doubtful.values()):
+        shares = ", ".join(f"{names[each]} {share:.1%}" for each, share in doubtful.items())
+        print(
+            f"k-hat is high for data of {shares} (of a run, at most): their L_K may be far below "
+            f"log p(x), so that a difference may be one of the posteriors and not of the models"
+        )
     if also := sorted({key for (key, _), values in others.items() if len(values) > 1}):
         print(f"runs of a pair differ in {', '.join(also)} too, so that it may not be {by} alone")
     if alone := [str(row[by]) for row in rows[1:] if row["pairs"] == 1]:
@@ -410,8 +418,8 @@ def _short(variants: Mapping[str, Any], kind: str) -> dict[str, str]:
     return short if len({*short.values()}) == len(short) else {full: full for full in variants}
 
 
-def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Means of an evaluated run, and what other runs must have in common with it."""
+def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...], float]:
+    """Means of an evaluated run, what others must have in common with it, and its bad L_K."""
     path = Path(run) / f"evaluation-{split}.npz"
     if not path.is_file():
         raise FileNotFoundError(
@@ -422,12 +430,14 @@ def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...]]:
             elbo = file["reconstruction"] - file["kl"]
             words = str(file["key"]).split()
             samples, digest = words[-1], words[-3]
-            values = {"ELBO": float(elbo.mean())}
+            values, share = {"ELBO": float(elbo.mean())}, 0.0
             if "log_likelihood" in file.files:
-                values[f"L_{samples}"] = float(file["log_likelihood"].mean())
+                estimate = _restored(file, int(samples))
+                values[f"L_{samples}"] = estimate.mean
+                share = float(estimate.unreliable.double().mean())
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
-    return values, (samples, digest, str(len(elbo)))
+    return values, (samples, digest, str(len(elbo))), share
 
 
 def _check_alike(first: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str, ...]]) -> None:

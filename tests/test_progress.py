@@ -262,6 +262,14 @@ def test_resuming_begins_where_there_is_no_run(tmp_path):
     assert same(trained(run=tmp_path / "new", resume=True), trained())
 
 
+def changed(**modules):
+    """The pair of these tests with other modules, and weights of the same shapes."""
+    vae = linear()
+    for name, module in modules.items():
+        setattr(vae, name, module)
+    return vae
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -279,6 +287,11 @@ def test_resuming_begins_where_there_is_no_run(tmp_path):
         ({"optimizer": partial(SGD, lr=1e-3)}, "other optimizer.class: it was Adam and is SGD"),
         ({"schedule": partial(StepLR, step_size=3)}, "other schedule: it was None and is {'cl"),
         ({"make": partial(linear_vae, 4, 3)}, "other weights; only epochs"),
+        (
+            {"make": lambda: changed(prior=type("Own", (priors.Normal,), {})(2))},
+            "other parts.prior: it was Normal and is Own; only epochs",
+        ),
+        ({"make": lambda: changed(activation=nn.ReLU())}, "other parts; only epochs"),
     ],
 )
 def test_what_would_be_another_run_is_named_and_refused(options, words, tmp_path):

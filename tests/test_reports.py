@@ -188,13 +188,30 @@ def test_one_pair_has_no_interval_and_says_so(runs, tmp_path, monkeypatch, capsy
     places = {name: runs / name for name in ("Normal-0", "Laplace-0", "Normal-1", "Laplace-1")}
     assert call(f"compare {places['Normal-0']} {places['Laplace-0']}") == 0
     table = capsys.readouterr().out
-    (said,) = table.splitlines()[3:]
+    said = table.splitlines()[-1]
     assert said.startswith("no interval for Laplace, with one pair each: it takes two")
     assert said.endswith("train and evaluate with another seed too")
     assert " to " not in table
     assert call(f"compare {' '.join(map(str, places.values()))}") == 0
     assert "no interval" not in capsys.readouterr().out
     assert not list(tmp_path.iterdir())  # nothing is written that was not asked for
+
+
+def test_estimates_that_are_not_to_be_trusted_are_named(runs, copy, capsys):
+    kept = arrays(copy)
+    places = [runs / "Laplace-0", copy]
+    for high, said in ((0, None), (9, f"{9 / 180:.1%}")):
+        k_hat = np.where(np.arange(180) < high, 0.9, 0.1)
+        np.savez(copy / "evaluation-test.npz", **{**kept, "pareto_k": k_hat})
+        sound = arrays(places[0]) | {"pareto_k": np.zeros(180)}
+        other = shutil.copytree(places[0], copy.parent / f"other-{high}")
+        np.savez(other / "evaluation-test.npz", **sound)
+        capsys.readouterr()
+        assert call(f"compare {other} {copy}") == 0
+        table = capsys.readouterr().out
+        assert ("k-hat is high" in table) == bool(said)
+        if said:
+            assert f"k-hat is high for data of Laplace 0.0%, Normal {said} (of a run" in table
 
 
 def test_parts_are_named_by_what_they_differ_in():
