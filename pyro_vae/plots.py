@@ -83,8 +83,8 @@ def grid(x: Tensor, columns: int | None = None) -> Figure:
     """Draw data ``(N, *shape)`` as tiles, row by row; vectors as rows of a heat map.
 
     Args:
-        x: Images ``(N, 1 or 3, H, W)`` with values in [0, 1], or vectors; what is missing
-            (NaN) is drawn grey in an image.
+        x: Images ``(N, 1, 3 or 4, H, W)`` with values in [0, 1], the fourth channel their opacity,
+            or vectors; what is missing (NaN) is drawn grey in an image.
         columns: Tiles in a row; a square by default.
     """
     if not _are_images(x):
@@ -181,7 +181,9 @@ def ranks(values: Array, draws: int, *, most: int = 11) -> Figure:
         axes.set_title("log p(x,z)" if last else f"z, dimension {column}", fontsize=9)
     for axes in grid[len(shown) :]:
         axes.set_axis_off()
-    figure.supxlabel("rank among draws of q(z|x)", fontsize=9)
+    said = "rank among draws of q(z|x); in grey 99 % of the bars of an exact q"
+    figure.supxlabel(said if columns > 2 else said.replace("; ", ";\n"), fontsize=9)
+    figure.supylabel("simulated data", fontsize=9)
     return figure
 
 
@@ -215,7 +217,7 @@ def _axes(*, square: bool = False) -> tuple[Figure, Any]:
 
 
 def _are_images(x: Tensor) -> bool:
-    return x.dim() == 4 and x.shape[1] in (1, 3)
+    return x.dim() == 4 and x.shape[1] in (1, 3, 4)
 
 
 def _tiled(x: Tensor, columns: int, gap: int = 1) -> Array:
