@@ -35,9 +35,10 @@ def main():
             means = vae.decode(square(side)).mean
         file = reporting.file_of(f"figure4_{panel.split()[0]}", options)
         plots.save(plots.manifold(means, side), file)
-    files = {panel: f"figure4_{panel.split()[0]}.png" for panel in CASES}
-    files = {panel: file for panel, file in files.items() if (options.out / file).exists()}
-    pictures = [f"![{panel}](results/{file})" for panel, file in files.items()]
+    files = {panel: reporting.file_of(f"figure4_{panel.split()[0]}", options) for panel in CASES}
+    pictures = [
+        f"![{panel}](results/{file.name})" for panel, file in files.items() if file.exists()
+    ]
     reporting.write("figure4", "\n".join(pictures), options)
 
 

@@ -24,9 +24,10 @@ def main():
         pyro.set_rng_seed(options.seed)
         picture = plots.grid(vae.sample(SIDE**2, mean=True), columns=SIDE)
         plots.save(picture, reporting.file_of(f"figure5_{latent}", options))
-    drawn = [k for k in LATENTS if (options.out / f"figure5_{k}.png").exists()]
+    drawn = {k: reporting.file_of(f"figure5_{k}", options) for k in LATENTS}
+    drawn = {k: file.name for k, file in drawn.items() if file.exists()}
     head = " | ".join(f"{k} latents" for k in drawn)
-    cells = " | ".join(f"![{k} latents](results/figure5_{k}.png)" for k in drawn)
+    cells = " | ".join(f"![{k} latents](results/{name})" for k, name in drawn.items())
     lines = [f"| {head} |", "|---" * len(drawn) + "|", f"| {cells} |"]
     reporting.write("figure5", "\n".join(lines) if drawn else "", options)
 

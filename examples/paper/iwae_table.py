@@ -57,11 +57,11 @@ def train(vae, k, split, stages, seed):
     order = torch.Generator(split.x.device).manual_seed(seed)
     with tqdm(total=budget, desc=f"k = {k}, seed {seed}", mininterval=10) as bar:
         for stage in range(stages):
+            for group in svi.optimizer.param_groups if stage else []:
+                group["lr"] = 1e-3 * 10 ** (-stage / 7)
             for _ in range(3**stage):
                 for batch in split.batches(BATCH, order, shuffle=True):
                     svi.step(*batch)
-                    for group in svi.optimizer.param_groups:
-                        group["lr"] = 1e-3 * 10 ** (-stage / 7)
                 bar.update(steps)
             yield stage + 1
 
@@ -74,15 +74,16 @@ def evaluated(vae, split, options):
 
 def report(results, options):
     """A line for each k and number of stages."""
+    chosen = reporting.chosen(results.rows, options)
     lines = [
-        "| k | passes | seeds | L_5000 | active | against k = 1, paired | published (3,280) |",
+        f"| k | passes | seeds | {reporting.bounds(chosen)} | active "
+        "| against k = 1, paired | published, after 3,280 passes (active) |",
         "|---|---|---|---|---|---|---|",
     ]
-    cells = sorted({(row["stages"], row["k"]) for row in results.rows})
+    cells = sorted({(row["stages"], row["k"]) for row in chosen})
     for stages, k in cells:
         own, single = (
-            [row for row in results.rows if (row["stages"], row["k"]) == (stages, n)]
-            for n in (k, 1)
+            [row for row in chosen if (row["stages"], row["k"]) == (stages, n)] for n in (k, 1)
         )
         nats = np.mean([row["value_nats"] for row in own])
         units = np.mean([row["active_units"] for row in own])
@@ -106,7 +107,7 @@ def main():
     wanted = itertools.product(options.seeds, options.k)
     for seed, k in [] if options.report else wanted:
         stages = options.stages or STAGES[k]
-        about = {"figure": "IWAE", "k": k, "seed": seed}
+        about = {"figure": "IWAE", "k": k, "seed": seed, **protocol.asked(options)}
         if results.has(**about, budget=stages):
             continue
         data = protocol.load("static", options)

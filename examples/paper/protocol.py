@@ -45,7 +45,13 @@ from pyro_vae.svi import mode_for
 
 FOLDER = Path(__file__).resolve().parent
 BATCH, STEP_SIZES, FIRST = 100, (0.01, 0.02, 0.1), 100_000
-USUAL = {"seed": 0, "initial_scale": 0.01, "given": None}  # what the page's curves have asked for
+# Columns of the results that say what was asked for, and the options that ask.
+ASKED = {
+    "seed": "seed",
+    "initial_scale": "initial_scale",
+    "given": "step_size",
+    "images": "images",
+}
 # Where curves are evaluated: the numbers of samples of the digitised ones, and some between.
 POINTS = [
     round(mantissa * 10**power)
@@ -74,9 +80,8 @@ def arguments(about, samples=None):
     parser.add_argument("--data-dir", help="folder of the data sets")
     if samples:
         parser.add_argument("--samples", type=float, default=samples, help="training samples seen")
-        parser.add_argument("--seed", type=int, default=USUAL["seed"])
-        scale = USUAL["initial_scale"]
-        parser.add_argument("--initial-scale", type=float, default=scale, help="of all weights")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--initial-scale", type=float, default=0.01, help="of all weights")
         parser.add_argument("--step-size", type=float, help="skip the search for one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -89,15 +94,19 @@ def arguments(about, samples=None):
 def ready(parser):
     """The options, with threads set and the folders made."""
     options = parser.parse_args()
-    if options.small:  # whatever is asked for, in seconds
+    usual = argparse.Namespace(**{name: parser.get_default(name) for name in vars(options)})
+    for each in [options, usual] if options.small else []:  # whatever is asked for, in seconds
         limits = {"samples": 20_000, "threads": 1, "images": 20, "checked": 2}
         limits |= {"stages": 2, "epochs": 2}
-        for name, most in limits.items():
-            value = getattr(options, name, None)
-            setattr(options, name, most if value is None else min(value, most))
+        for name in limits.keys() & vars(each).keys():
+            value, most = getattr(each, name), limits[name]
+            setattr(each, name, most if value is None else min(value, most))
+    options.usual = asked(usual)  # what the page's results have asked for
+    for name in ("samples", "step_size", "threads", "images", "checked", "stages", "epochs"):
+        value = getattr(options, name, None)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive and finite, not {value}")
     torch.set_num_threads(options.threads)
-    if getattr(options, "step_size", None) is not None and not options.step_size > 0:
-        parser.error(f"a step size must be positive, not {options.step_size}")
     try:
         options.device = device_of(options.device)
     except ValueError as error:
@@ -248,8 +257,8 @@ def elbo(pair, split):
     return summary["elbo"], summary["standard_error"]
 
 
-def step_size(make, objective, split, seed, *, first=FIRST, value=elbo, run=train):
-    """The step size with the best value on training data after some first samples."""
+def tried(make, objective, split, seed, *, first=FIRST, value=elbo, run=train):
+    """The value on training data after some first samples by step size, or None if diverged."""
     found = {}
     for lr in STEP_SIZES:
         pyro.set_rng_seed(seed)
@@ -257,13 +266,13 @@ def step_size(make, objective, split, seed, *, first=FIRST, value=elbo, run=trai
         try:
             options = {"samples": first, "lr": lr, "seed": seed, "title": f"step size {lr}"}
             for _ in run(pair, objective(), split, points=[], **options):
-                found[lr] = value(pair, some(split, 5000))[0]
+                nats = value(pair, some(split, 5000))[0]
+                found[str(lr)] = None if math.isnan(nats) else nats
         # It has diverged, or its next value has, of which torch may not be able to draw. What
         # else is amiss shows again where the curve is run.
         except (FloatingPointError, ValueError, RuntimeError):
-            found[lr] = -math.inf
-        found[lr] = -math.inf if math.isnan(found[lr]) else found[lr]
-    return max(found, key=found.get)
+            found[str(lr)] = None
+    return found
 
 
 def curve(make, method, splits, options, *, about, keep, points=POINTS, value=elbo, run=train):
@@ -288,14 +297,18 @@ def curve(make, method, splits, options, *, about, keep, points=POINTS, value=el
     place = options.device.type
     folder = options.out / "unfinished" / f"figure{about['figure']}-{place}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    before = checkpoints.newest(folder) or {"rows": [], "seconds": 0.0, "run": None}
+    before = checkpoints.newest(folder) or {"rows": [], "seconds": 0.0, "run": None, "tried": {}}
     began = time.perf_counter() - before["seconds"]
     if options.step_size is not None:
         before["lr"] = options.step_size
     elif "lr" not in before:
         first = min(FIRST, options.samples / 2)
         how = {"first": first, "value": value, "run": run}
-        before["lr"] = step_size(make, objective, train, options.seed, **how)
+        before["tried"] = tried(make, objective, train, options.seed, **how)
+        values = {lr: nats for lr, nats in before["tried"].items() if nats is not None}
+        if not values:
+            raise FloatingPointError(f"{key} diverges with every step size of {STEP_SIZES}")
+        before["lr"] = float(max(values, key=values.get))
     pyro.set_rng_seed(options.seed)
     pair, rows, lr = make().to(options.device), before["rows"], before["lr"]
     if before["run"]:
@@ -308,10 +321,11 @@ def curve(make, method, splits, options, *, about, keep, points=POINTS, value=el
             nats, error = value(pair, some(split, 10_000))
             row = {**about, "method": method, "split": name, "training_samples": seen}
             row |= {"value_nats": nats, "standard_error": error, **asked(options)}
-            row |= {"device": place, "step_size": lr, "budget": round(options.samples)}
+            row |= {"device": place, "step_size": lr, "tried": before["tried"]}
+            row["budget"] = round(options.samples)
             rows.append({**row, "seconds": round(time.perf_counter() - began, 1)})
-        now = {"rows": rows, "seconds": rows[-1]["seconds"], "lr": lr, "run": state}
-        now["weights"] = dict(pair.state_dict())
+        now = {"rows": rows, "seconds": rows[-1]["seconds"], "lr": lr, "tried": before["tried"]}
+        now |= {"run": state, "weights": dict(pair.state_dict())}
         checkpoints.keep(folder, seen, {**now, "generators": generators(options.device)})
     keep(rows, pair)
     shutil.rmtree(folder)
@@ -346,7 +360,7 @@ class Results:
 
 def identity(row):
     """What a row and the others of its curve have in common."""
-    keys = ("figure", "panel", "method", "binarisation", *USUAL)
+    keys = ("figure", "panel", "method", "binarisation", *ASKED)
     return tuple(row.get(key) for key in keys)
 
 
@@ -381,9 +395,9 @@ def trained(latent, hidden, options, *, panel, binarisation):
 
 
 def asked(options):
-    """The columns of `USUAL`, as the options have them; ``given`` is a step size that was."""
-    how = {"seed": options.seed, "initial_scale": options.initial_scale}
-    return {**how, "given": options.step_size}
+    """The columns of `ASKED`, of those options that a script has."""
+    has = vars(options)
+    return {column: has[name] for column, name in ASKED.items() if name in has}
 
 
 def appendix_d(vae, images):

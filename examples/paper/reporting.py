@@ -27,13 +27,14 @@ def published():
 
 def file_of(name, options):
     """The file of a picture, which has another name where the options are not the page's."""
-    named = protocol.asked(options).values() if other(options) else []
-    return options.out / f"{'-'.join([name, *map(str, named)])}.png"
+    asked = protocol.asked(options).items()
+    named = [f"{key}-{value}" for key, value in asked if value != options.usual[key]]
+    return options.out / f"{'-'.join([name, *named])}.png"
 
 
 def other(options):
-    """Whether curves other than the page's were asked for; tables have no such options."""
-    return hasattr(options, "seed") and protocol.asked(options) != protocol.USUAL
+    """Whether results other than the page's were asked for."""
+    return protocol.asked(options) != options.usual
 
 
 def chosen(rows, options):
@@ -103,7 +104,7 @@ def table(rows, *, figure, at, split="test"):
     ]
     for key in dict.fromkeys(protocol.identity(row) for row in rows):
         own = [row for row in rows if protocol.identity(row) == key]
-        _, panel, method, binarisation, seed, scale, given = key
+        _, panel, method, binarisation, seed, scale, given, _ = key
         ours = line(own, split=split)
         paper = line(theirs, figure=figure, panel=panel, method=method, split=split)
         cells = [
@@ -162,7 +163,9 @@ def order(rows, *, figure, primary, since=1_000_000, clear=1.0):
 
 def ordered(rows, **how):
     """Markdown of what `order` finds."""
-    lines = ["| panel | split | published order | points | as there | least lead, nats |"]
+    lines = [
+        "| panel | split | published order | points | in that order | smallest lead of ours |"
+    ]
     lines.append("|---" * 6 + "|")
     for each in order(rows, **how):
         cells = [each["panel"], each["split"], " above ".join(each["order"])]
@@ -179,6 +182,11 @@ def gain(rows, others):
         return "".join(f"{each:+.2f}" for each in apart)
     mean, half = np.mean(apart), stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart)
     return f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}), {len(apart)} pairs"
+
+
+def bounds(rows):
+    """The name of what the rows of a table have estimated, by its number of draws."""
+    return " or ".join(f"L_{draws}" for draws in sorted({row["draws"] for row in rows}))
 
 
 def number(value, digits=1):

@@ -54,18 +54,20 @@ def run(prior, seed, splits, options):
         patience=PATIENCE,
         seed=seed,
     )
-    about = {"figure": "VampPrior", "method": prior, "seed": seed}
+    about = {"figure": "VampPrior", "method": prior, "seed": seed, **protocol.asked(options)}
     about |= {"budget": options.epochs, "passes": len(metrics)}
     return {**about, **protocol.likelihood(vae, splits.test, options)}
 
 
 def report(results, options):
     """A line for either prior."""
+    chosen = reporting.chosen(results.rows, options)
     lines = [
-        "| prior | passes | seeds | L_5000 | against standard, paired | published |",
+        f"| prior | passes | seeds | {reporting.bounds(chosen)} "
+        "| against standard, paired | published |",
         "|---|---|---|---|---|---|",
     ]
-    own = {prior: [r for r in results.rows if r["method"] == prior] for prior in PUBLISHED}
+    own = {prior: [row for row in chosen if row["method"] == prior] for prior in PUBLISHED}
     for prior, rows in own.items():
         if rows:
             nats = np.mean([row["value_nats"] for row in rows])
@@ -75,7 +77,7 @@ def report(results, options):
                 f"| {prior} | {passes} | {len(rows)} | {nats:.2f} | {gain} "
                 f"| -{PUBLISHED[prior]:.2f} |"
             )
-    reporting.write("vampprior", "\n".join(lines) if results.rows else "", options)
+    reporting.write("vampprior", "\n".join(lines) if chosen else "", options)
 
 
 def main():
@@ -87,7 +89,8 @@ def main():
     results = protocol.Results(options.out / "vampprior_table.json")
     wanted = itertools.product(options.seeds, PUBLISHED)
     for seed, prior in [] if options.report else wanted:
-        if results.has(method=prior, seed=seed, budget=options.epochs):
+        about = {"method": prior, "seed": seed, **protocol.asked(options)}
+        if results.has(**about, budget=options.epochs):
             continue
         splits = protocol.load("static", options, validation=0.1)
         results.add([run(prior, seed, splits, options)])
