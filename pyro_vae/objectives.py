@@ -50,8 +50,9 @@ class BetaELBO(ELBO):
 
     The weight b multiplies the log-density of every latent site in model and guide alike, so
     it is right for each of Pyro's ELBOs, and inside the importance weights of `IWAE` and
-    `Renyi`. Below 1 the value is no lower bound. Higgins et al. (2017), beta-VAE, equation 4;
-    annealing as in Bowman et al. (2016), section 3.1.
+    `Renyi`. The value is no lower bound below 1, nor above 1 where weights of several draws are
+    averaged. Higgins et al. (2017), beta-VAE, equation 4; annealing as in Bowman et al. (2016),
+    section 3.1.
 
     Args:
         weight: The weight b, at least 0. To follow a schedule of your own, change it between
@@ -105,7 +106,9 @@ class BetaELBO(ELBO):
     def is_bound(self) -> bool:
         """Whether the value, at the weight to which a schedule leads, is a lower bound."""
         weight = float(self.weight) if self.start is None else self.end
-        return weight >= 1 and bool(getattr(self.elbo, "is_bound", True))
+        averaged = getattr(self.elbo, "alpha", 1.0) < 1 and self.elbo.num_particles > 1
+        sound = weight == 1 or (weight > 1 and not averaged)
+        return sound and bool(getattr(self.elbo, "is_bound", True))
 
     @override
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:

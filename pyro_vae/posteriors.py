@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, Distribution
 from typing_extensions import override
 
+from pyro_vae import distributions as laws
 from pyro_vae.flows import zuko
 
 
@@ -128,7 +129,7 @@ class LowRankNormal(Posterior):
         output = self.network(x, *context)
         _check_width(self, output, 2 + self.rank, f", rank={self.rank}")
         loc, log_scale, factor = output[..., 0, :], output[..., 1, :], output[..., 2:, :]
-        return dist.LowRankMultivariateNormal(loc, factor.mT, (2 * log_scale).exp())
+        return laws.LowRankNormal(loc, factor.mT, (2 * log_scale).exp())
 
 
 class Flow(Posterior):

@@ -165,10 +165,11 @@ class VampPrior(Prior):
     """Mixture of the posterior at learned pseudo-inputs, ``p(z) = 1/K sum_k q(z|u_k)``.
 
     Tomczak & Welling (2018), VAE with a VampPrior, equation 9. The pseudo-inputs begin at
-    training data drawn at random and are clamped to the range of these. They pass the
-    encoder as in evaluation, so that batch normalisation keeps its statistics and dropout
-    rests. A draw takes a component at random, and then z from it. The encoder's weights belong
-    to the posterior and are not registered here a second time.
+    training data drawn at random and are reflected at the ends of the range of these, where
+    binary ones begin: clamped, they would have no gradient beyond. They pass the encoder as in
+    evaluation, so that batch normalisation keeps its statistics and dropout rests. A draw takes
+    a component at random, and then z from it. The encoder's weights belong to the posterior and
+    are not registered here a second time.
 
     Args:
         posterior: The posterior of the same VAE, without context.
@@ -248,8 +249,10 @@ class VampPrior(Prior):
         return self._encode(self.pseudo_inputs[components]).sample()
 
     def _encode(self, x: Tensor) -> Distribution:
+        inside = torch.where(x > self.high, 2 * self.high - x, x)
+        inside = torch.where(inside < self.low, 2 * self.low - inside, inside)
         with _resting(self.posterior):
-            law: Distribution = self.posterior(x.clamp(self.low, self.high))
+            law: Distribution = self.posterior(inside.clamp(self.low, self.high))
             return law
 
     @override

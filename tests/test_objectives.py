@@ -445,6 +445,20 @@ def test_free_nats_that_make_no_sense_are_refused(nats):
         FreeBits(nats)
 
 
+def test_averaged_weights_of_a_weighted_kl_exceed_the_likelihood():
+    """``E_q[w] = E_p[p(x|z) (p(z)/q(z))^(b-1)]``, here above p(x): why it is called no bound."""
+    vae, x = linear_vae(1, 1, scale=1.0), torch.full((1, 1), 0.5)
+    with torch.no_grad():
+        vae.likelihood.network.last.weight.fill_(0.3)
+        vae.likelihood.network.last.bias.fill_(0.0)
+        vae.posterior.network.last.weight.fill_(0.0)
+        vae.posterior.network.last.bias.copy_(torch.tensor([0.0, math.log(0.6)]))
+    objective = BetaELBO(2.0, elbo=IWAE(50))
+    values = [-objective.loss(vae.model, vae.guide, x) for _ in range(300)]
+    exact = dist.Normal(0.0, 1.09**0.5).log_prob(x).item()
+    assert sum(values) / 300 - 5 * stats.sem(values) > exact
+
+
 @pytest.mark.parametrize(
     ("objective", "bound"),
     [
@@ -455,6 +469,9 @@ def test_free_nats_that_make_no_sense_are_refused(nats):
         (BetaELBO(0.5, start=2.0, steps=5), False),
         (BetaELBO(1.0, elbo=Renyi(-1.0)), False),
         (BetaELBO(1.0, elbo=Renyi(0.5)), True),
+        (BetaELBO(2.0, elbo=IWAE(1)), True),
+        (BetaELBO(2.0, elbo=IWAE(5)), False),
+        (BetaELBO(2.0, elbo=Renyi(1.0)), True),
     ],
 )
 def test_an_objective_knows_whether_it_is_a_bound(objective, bound):

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 from pyro_vae import MLP, VAE, data, fit, likelihoods, posteriors, priors
 from pyro_vae.testing import check_posterior
@@ -164,3 +165,15 @@ def test_no_rank_and_half_of_one_are_refused():
 def test_an_encoder_of_another_width_is_refused_in_a_sentence(make, output, message):
     with pytest.raises(ValueError, match=message):
         make(MLP(4, [], output))(X.float())
+
+
+def test_tight_posteriors_of_low_rank_keep_their_density_in_single_precision():
+    output = torch.randn(50, 4, 20)
+    output[:, 1] = -7.0  # the log scale, where torch loses 19 nats
+    q = posteriors.LowRankNormal(nn.Identity())(output)
+    z = q.rsample()
+    exact = posteriors.LowRankNormal(nn.Identity())(output.double())
+    truth = torch.distributions.MultivariateNormal(exact.loc, exact.covariance_matrix)
+    # What the rounding of z itself, 1e-7 of it, is worth at a scale of e^-7 is a part of neither.
+    apart = (q.log_prob(z) - truth.log_prob(z.double())).abs()
+    assert apart.max() < 1e-4

@@ -168,6 +168,24 @@ def test_a_copied_vae_has_a_vamp_prior_of_its_own_posterior():
     assert twin.prior.posterior is twin.posterior is not vae.posterior
 
 
+def test_pseudo_inputs_go_on_learning_at_the_ends_of_their_range():
+    """All begin there, and the first step takes half of them over it."""
+    data = (torch.rand(40, 4) > 0.5).float()
+    prior = priors.VampPrior(network(), data, components=7)
+    optimizer = torch.optim.Adam([prior.pseudo_inputs], lr=0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (-prior().log_prob(torch.zeros(3))).backward()
+        assert (prior.pseudo_inputs.grad != 0).all()
+        optimizer.step()
+    inputs = prior.pseudo_inputs
+    beyond = (inputs < 0) | (inputs > 1)
+    assert beyond.any()
+    inside = torch.where(inputs < 0, -inputs, torch.where(inputs > 1, 2 - inputs, inputs))
+    truth = prior.posterior(inside).log_prob(torch.zeros(3)).logsumexp(0) - math.log(7)
+    torch.testing.assert_close(prior().log_prob(torch.zeros(3)), truth)
+
+
 def test_pseudo_inputs_leave_batch_norm_and_dropout_alone():
     posterior = network(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU())
     prior = priors.VampPrior(posterior, torch.randn(40, 4), components=7)
