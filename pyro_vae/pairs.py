@@ -205,7 +205,7 @@ def _check_scale(name: str, modelled: Any, guided: Any) -> None:
 
 
 def _check_trained(pair: nn.Module, *traces: poutine.Trace) -> None:
-    """Every parameter that is to be trained reaches a density."""
+    """Every parameter that is to be trained reaches a density, by a finite gradient."""
     named = [(name, each) for name, each in pair.named_parameters() if each.requires_grad]
     sites = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
     scores = [site["log_prob"].sum() for site in sites if site["log_prob"].requires_grad]
@@ -220,6 +220,11 @@ def _check_trained(pair: nn.Module, *traces: poutine.Trace) -> None:
                 f"the parameter '{name}' would never change: neither the model nor the guide "
                 f"depends on it, or the global param store holds another of its name; use it, or "
                 f"freeze it by requires_grad_(False)"
+            )
+        if not slope.isfinite().all():
+            raise ValueError(
+                f"the parameter '{name}' gets a NaN or infinite gradient: fill what is missing "
+                f"before it is scored, since a mask after that mends the loss only"
             )
 
 
@@ -241,7 +246,8 @@ def _check_support(name: str, site: Any, x: Tensor) -> None:
     """Hold x against the support, all of it where the support is the same for every datum."""
     support, value = site["fn"].support, site["value"]
     element = elementary(support)
-    if value.shape[1:] == x.shape[1:] and not any(map(torch.is_tensor, vars(element).values())):
+    held = vars(getattr(element, "complete", element)).values()
+    if value.shape[1:] == x.shape[1:] and not any(map(torch.is_tensor, held)):
         support, value = (element if element.event_dim == 0 else support), x
     inside = support.check(value)
     if inside.all():

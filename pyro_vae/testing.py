@@ -36,7 +36,8 @@ def check_prior(prior: nn.Module, *context: Tensor, seed: int = 0) -> None:
 
     Args:
         prior: ``prior(*context)`` is a distribution over a vector of few dimensions.
-        context: What it is conditioned on, one row or more; the first is used.
+        context: What it is conditioned on, one row or more; the first is used, and compared with
+            itself among the others.
         seed: Seed of all draws; the random state stays as it was.
 
     Raises:
@@ -68,6 +69,7 @@ def check_prior(prior: nn.Module, *context: Tensor, seed: int = 0) -> None:
             _check_copies(prior, lambda part, to: part(*map(to, row)), draws[:100])
         _check_gradients(prior, density.log_prob(draws[:100]))
         _check_parameters(prior, row, draws[:100])
+        _check_rows(prior, context)
 
 
 def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int = 0) -> None:
@@ -108,7 +110,7 @@ def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int
         if not whole.has_rsample or not whole.rsample().requires_grad:
             raise ValueError(
                 "no gradient flows through the draws of the posterior: give a distribution with "
-                "rsample, whose parameters come from the encoder"
+                "rsample, whose parameters come from an encoder that is not frozen"
             )
         row = tuple(tensor[:1] for tensor in (x, *context))
         density = as_pyro(posterior(*row))
@@ -122,6 +124,7 @@ def check_posterior(posterior: nn.Module, x: Tensor, *context: Tensor, seed: int
         _check_gradients(posterior, density.log_prob(values))
         _check_pathwise(posterior, row)
         _check_parameters(posterior, row, values)
+        _check_rows(posterior, (x, *context))
 
 
 def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: int = 0) -> None:
@@ -180,7 +183,7 @@ def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: i
                 raise ValueError("a draw lies outside the support that the likelihood declares")
             particles = as_pyro(likelihood(torch.stack([z, z.flip(0)]), *context))
             alone = as_pyro(likelihood(z.flip(0), *context))
-            if not torch.allclose(particles.log_prob(x)[1], alone.log_prob(x), rtol=1e-4):
+            if not torch.allclose(particles.log_prob(x)[1], alone.log_prob(x), *_NEAR):
                 raise ValueError(
                     "the density of several particles is not that of each: map latents "
                     "(..., latent) under any leading dimensions"
@@ -190,10 +193,13 @@ def check_likelihood(likelihood: nn.Module, z: Tensor, *context: Tensor, seed: i
         _check_gradients(likelihood, density.log_prob(x))
         _check_parameters(likelihood, (z, *context), x)
         _check_latents(likelihood, z, context, x)
+        _check_rows(likelihood, (z, *context))
 
 
 _DRAWS = 5000
 _FALSE_ALARM = 1e-4  # of each check, divided among its tests
+# Relative and absolute: what single precision leaves of a log-density, be it close to 0.
+_NEAR = 1e-3, 1e-3
 
 
 def _check_pathwise(posterior: nn.Module, row: tuple[Tensor, ...]) -> None:
@@ -230,11 +236,10 @@ def _check_pathwise(posterior: nn.Module, row: tuple[Tensor, ...]) -> None:
 def _check_elements(density: Any, law: Any) -> None:
     """The law of each element is normalised, the density their product, and draws follow it."""
     values = density.sample((_DRAWS,))
-    draws, each = values.flatten(1), law.log_prob(values[:10])
+    each = law.log_prob(values[:10])
+    draws = values.flatten(1).to(each.dtype)
     batch = len(density.batch_shape)
-    if not torch.allclose(
-        density.log_prob(values[:10]), each.flatten(1 + batch).sum(-1), rtol=1e-4
-    ):
+    if not torch.allclose(density.log_prob(values[:10]), each.flatten(1 + batch).sum(-1), *_NEAR):
         raise ValueError("the density of a datum is not the product of those of its elements")
     missing = torch.full_like(draws[0], math.nan).reshape(law.batch_shape)
     if law.support.check(missing).all() and not (law.log_prob(missing) == 0).all():
@@ -374,7 +379,7 @@ def _check_particles(density: Distribution, z: Tensor) -> None:
     """Scores of shape ``(2, 3, 1)`` are those of single vectors."""
     one_by_one = torch.stack([density.log_prob(row).reshape(()) for row in z])
     together = density.log_prob(z.reshape(2, 3, *density.batch_shape, -1))
-    if together.numel() != 6 or not torch.allclose(together.flatten(), one_by_one, atol=1e-4):
+    if together.numel() != 6 or not torch.allclose(together.flatten(), one_by_one, *_NEAR):
         raise ValueError(
             "the density of several particles is not that of each: score vectors (..., latent) "
             "under any leading dimensions"
@@ -449,6 +454,25 @@ def _check_module(part: Any, kind: str) -> None:
         )
 
 
+@torch.no_grad()
+def _check_rows(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """The law of the first datum does not depend on the others, in evaluation."""
+    part = copy.deepcopy(part).eval()
+    whole, alone = (as_pyro(part(*(each[:n] for each in inputs))) for n in (None, 1))
+    if not whole.batch_shape:
+        return
+    value = whole.sample()
+    if not torch.allclose(whole.log_prob(value)[:1], alone.log_prob(value[:1]), *_NEAR):
+        raise ValueError(
+            "the law of a datum depends on the other data of its batch: compute each row by "
+            "itself, and nothing over the first dimension"
+        )
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 def _check_copies(
     part: nn.Module, law: Callable[[nn.Module, Callable[[Tensor], Tensor]], Any], value: Tensor
 ) -> None:
@@ -482,13 +506,13 @@ def _check_copies(
         )
     if torch.cuda.is_available():
         moved = as_pyro(law(copy.deepcopy(part).cuda(), Tensor.cuda)).log_prob(value.cuda())
-        if not torch.allclose(scores.cpu(), moved.cpu(), rtol=1e-3, atol=1e-3):
+        if not torch.allclose(scores.cpu(), moved.cpu(), *_NEAR):
             raise ValueError(
                 "on a GPU the density is another: register what it depends on as parameters or "
                 "buffers, and make tensors on their device"
             )
-    double = as_pyro(law(twin.double(), Tensor.double)).log_prob(value.double())
-    if double.dtype != torch.float64 or not torch.allclose(scores.double(), double, rtol=1e-3):
+    double = as_pyro(law(twin.double(), _double)).log_prob(_double(value))
+    if double.dtype != torch.float64 or not torch.allclose(scores.double(), double, *_NEAR):
         raise ValueError(
             "after .double() the density is another or not in double precision: keep constants in "
             "buffers, and make tensors in the dtype of the parameters"
@@ -518,7 +542,7 @@ def _check_gradients(prior: nn.Module, scores: Tensor) -> None:
 
 def _check_parameters(part: nn.Module, inputs: tuple[Tensor, ...], value: Tensor) -> None:
     """The gradient of the density in the parameters is its slope."""
-    twin, inputs = copy.deepcopy(part).double(), tuple(each.double() for each in inputs)
+    twin, inputs = copy.deepcopy(part).double(), tuple(map(_double, inputs))
     parameters = [each for each in twin.parameters() if each.requires_grad]
     if parameters:
         _check_slope("the parameters", lambda: twin(*inputs), value, parameters)
@@ -528,7 +552,7 @@ def _check_latents(
     likelihood: nn.Module, z: Tensor, context: tuple[Tensor, ...], x: Tensor
 ) -> None:
     """The gradient of the density in z, by which a posterior is trained, is its slope."""
-    twin, context = copy.deepcopy(likelihood).double(), tuple(each.double() for each in context)
+    twin, context = copy.deepcopy(likelihood).double(), tuple(map(_double, context))
     at = z.detach().double().requires_grad_()
     _check_slope("z", lambda: twin(at, *context), x, [at])
 
@@ -543,7 +567,7 @@ def _check_slope(
     have moved from where they begin, a bias of 0 for one. A gradient that is cut off is wrong
     at every place; one that a kink spoils is so at each of three with a chance below 1e-8.
     """
-    step, value = 1e-7, value.double()
+    step, value = 1e-7, _double(value)
 
     def move(by: Sequence[Tensor], size: float) -> Tensor:
         with torch.no_grad():

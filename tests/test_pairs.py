@@ -13,6 +13,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_vae import MLP, VAE, ConvEncoder, likelihoods, posteriors, priors
+from pyro_vae.distributions import OrMissing
 from pyro_vae.objectives import BetaELBO, FreeBits
 from pyro_vae.pairs import check_objective, check_pair
 from pyro_vae.scoring import validation
@@ -456,3 +457,42 @@ def test_a_fill_outside_of_the_support_is_told_in_a_whole_sentence():
     message = r"the fill -3 of Missing lies outside the support of Poisson: give a value within it"
     with pytest.raises(ValueError, match=message):
         check_objective(Trace_ELBO(), vae, x)
+
+
+class MaskedTooLate(dist.Normal):
+    """Scores what is missing and then leaves it out, which leaves its gradient NaN."""
+
+    support = OrMissing(dist.constraints.real)
+
+    def log_prob(self, value):
+        return torch.where(value.isnan(), 0.0, super().log_prob(value))
+
+
+class Late(likelihoods.Likelihood):
+    def forward(self, z):
+        return MaskedTooLate(self.network(z), 1.0).to_event(1)
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    encoder = MLP(4, [], (2, 2), transform=torch.nan_to_num)
+    vae = VAE(priors.Normal(2), Late(MLP(2, [], 4)), posteriors.Normal(encoder))
+    check_pair(vae, X)
+    with pytest.raises(ValueError, match=r"network.*gets a NaN or infinite gradient: fill what"):
+        check_pair(vae, X.masked_fill(torch.eye(6, 4).bool(), torch.nan))
+
+
+class Binomial(likelihoods.Likelihood):
+    """Whose support has a bound for each element of each datum."""
+
+    def forward(self, z):
+        return dist.Binomial(10, logits=self.network(z)).to_event(1)
+
+
+def test_a_support_of_each_datum_may_have_holes():
+    encoder = MLP(4, [], (2, 2), transform=torch.nan_to_num)
+    likelihood = likelihoods.Missing(Binomial(MLP(2, [], 4)))
+    vae = VAE(priors.Normal(2), likelihood, posteriors.Normal(encoder))
+    counts = torch.randint(0, 11, (8, 4)).float().masked_fill(torch.eye(8, 4).bool(), torch.nan)
+    check_pair(vae, counts)
+    with pytest.raises(ValueError, match="lie outside the support of Binomial"):
+        check_pair(vae, 6 * counts)

@@ -537,3 +537,76 @@ def test_priors_over_part_of_the_space_keep_the_contract():
 def test_priors_beyond_the_check_are_named(law, message):
     with pytest.raises(NotImplementedError, match=message):
         check_prior(Over(law))
+
+
+class Centred(nn.Module):
+    """A network whose outputs are centred over the batch, as by a mistaken dimension."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.network = MLP(inputs, [8], outputs)
+        self.input, self.output = self.network.input, self.network.output
+
+    def forward(self, x):
+        found = self.network(x)
+        return found - 0.5 * found.mean(-1 - len(self.output), keepdim=True)
+
+
+class CentredPrior(priors.Prior):
+    def __init__(self):
+        super().__init__()
+        self.network = Centred(3, (2,))
+
+    def forward(self, context):
+        return dist.Normal(self.network(context), 1.0).to_event(1)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        lambda: check_posterior(posteriors.Normal(Centred(5, (2, 2))), torch.randn(4, 5)),
+        lambda: check_likelihood(likelihoods.Normal(Centred(2, (5,))), torch.randn(4, 2)),
+        lambda: check_prior(CentredPrior(), torch.randn(4, 3)),
+    ],
+)
+def test_a_law_that_depends_on_other_data_is_told(check):
+    with pytest.raises(ValueError, match="depends on the other data of its batch: compute each"):
+        check()
+
+
+class ByLabel(nn.Module):
+    """The law of a prior or a posterior whose location is embedded."""
+
+    def __init__(self, encoder=None):
+        super().__init__()
+        self.encoder, self.table = encoder, nn.Embedding(3, 2)
+
+    def forward(self, *given):
+        loc = self.table(given[-1])
+        loc = loc + self.encoder(given[0]) if self.encoder else loc
+        return dist.Normal(loc, 1.0).to_event(1)
+
+
+class Ordinal(likelihoods.Likelihood):
+    """Draws of a type for whole numbers, as of `torch.distributions.Categorical`."""
+
+    def forward(self, z):
+        return dist.Categorical(logits=self.network(z)).to_event(1)
+
+
+def test_whole_numbers_are_checked_as_they_are():
+    labels = torch.tensor([0, 2, 1])
+    check_prior(ByLabel(), labels)
+    check_posterior(ByLabel(nn.Linear(4, 2)), torch.randn(3, 4), labels)
+    check_likelihood(Ordinal(MLP(2, [8], (3, 4))), torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("seed", [3, 10])
+def test_scores_close_to_zero_are_no_others_for_their_rounding(seed):
+    """Flows of whose draws some have a log-density of 1e-3, and single precision 1e-5 of it."""
+    torch.manual_seed(seed)
+    flow = priors.Flow(2, transforms=2, hidden=[16])
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    check_prior(flow, seed=seed)
