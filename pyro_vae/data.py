@@ -374,7 +374,13 @@ def _channels(array: Array, path: Path) -> torch.Tensor:
 def _images(path: Path) -> Split:
     """All images under a folder, in the order of their names."""
     found = (file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
-    files = sorted(file for file in found if file.is_file())
+    hidden = (".", "__MACOSX")  # of programs that look at images, and keep their own there
+    files = sorted(
+        file
+        for file in found
+        if file.is_file()
+        and not any(part.startswith(hidden) for part in file.relative_to(path).parts)
+    )
     if not files:
         raise ValueError(
             f"the folder '{path}' holds neither images ({', '.join(sorted(_IMAGES))}) nor "

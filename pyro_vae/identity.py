@@ -42,6 +42,7 @@ def settings(
         schedule: The schedule, likewise.
         plain: Whatever else, plain values.
     """
+    views = hashlib.sha256()
     shapes = [f"{key} {tuple(each.shape)} {each.dtype}" for key, each in tensors(pair).items()]
     digest = hashlib.sha256()
     for part in data.splits[:2]:
@@ -54,6 +55,10 @@ def settings(
         for each in columns:
             digest.update(f"{tuple(each.shape)} {each.dtype}".encode())
             digest.update(each[rows].contiguous().cpu().numpy().tobytes())
+        if len(part):
+            noise = torch.Generator(rows.device).manual_seed(0)
+            scored = part.scored(torch.as_tensor(part.x[rows]), noise)
+            views.update(scored.contiguous().cpu().numpy().tobytes())
     groups = [
         {key: _plain(value) for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
@@ -66,6 +71,7 @@ def settings(
         "schedule": schedule and _plain({"class": _name(type(schedule)), **state}),
         "optimizer": {"class": _name(type(optimizer)), "groups": groups},
         "data": digest.hexdigest(),
+        "view": views.hexdigest(),
         "weights": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
         "parts": {name or "pair": _name(type(each)) for name, each in pair.named_modules()},
     }

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -98,11 +99,14 @@ def strip(rows: Mapping[str, Tensor]) -> Figure:
     first = next(iter(rows.values()))
     if not _are_images(first):
         figure = Figure(figsize=(7, 1 + 2 * len(rows)), dpi=120, layout="constrained")
-        for axes, (name, x) in zip(
-            np.atleast_1d(figure.subplots(len(rows))), rows.items(), strict=True
-        ):
-            axes.imshow(x.flatten(1).numpy(force=True), aspect="auto", interpolation="nearest")
+        panels = np.atleast_1d(figure.subplots(len(rows), sharex=True))
+        arrays = [x.flatten(1).numpy(force=True) for x in rows.values()]
+        ends = {"vmin": min(map(np.nanmin, arrays)), "vmax": max(map(np.nanmax, arrays))}
+        for axes, name, array in zip(panels, rows, arrays, strict=True):
+            drawn = axes.imshow(array, aspect="auto", interpolation="nearest", **ends)
             axes.set_ylabel(name)
+        axes.set_xlabel("element")
+        figure.colorbar(drawn, ax=list(panels))
         return figure
     bands = [
         (name, _tiled(x[start : start + _BAND], min(_BAND, len(x))))
@@ -136,7 +140,7 @@ def dimensions(kl: Array) -> Figure:
     axes.bar(np.arange(len(kl)), kl[order], color="C3")
     if len(kl) <= 40:
         axes.set_xticks(np.arange(len(kl)), [str(each) for each in order])
-    axes.set_xlabel("latent dimension")
+    axes.set_xlabel("latent dimension" if len(kl) <= 40 else "latent dimensions, by their KL")
     axes.set_ylabel("KL(q(z_i|x) || p(z_i)), nats")
     return figure
 
@@ -148,7 +152,8 @@ def k_hat(values: Array, threshold: float) -> Figure:
     axes.hist(finite, bins=40, color="C0")
     axes.axvline(threshold, color="C3", label=f"reliable below {threshold:.2f}")
     share = float((values > threshold).mean()) if len(values) else 0.0
-    axes.set_title(f"above: {share:.1%} of the data")
+    few = "too few draws for a k-hat"
+    axes.set_title(f"above: {share:.1%} of the data" if len(finite) else few)
     axes.set_xlabel("Pareto k-hat of the importance weights")
     axes.set_ylabel("data")
     axes.legend()
@@ -199,9 +204,13 @@ def scatter(z: Array, labels: Array | None = None) -> Figure:
         names = ["first principal direction", "second principal direction"]
     size = 7 if len(z) < 1000 else 3
     classes = [None] if labels is None else list(np.unique(labels))
+    colours = colormaps["tab10" if len(classes) <= 10 else "tab20"]
     for index, label in enumerate(classes):
         chosen = z if label is None else z[labels == label]
-        colour = {"color": f"C{index % 10}", "label": None if label is None else str(label)}
+        colour = {
+            "color": colours(index % colours.N),
+            "label": None if label is None else str(label),
+        }
         axes.plot(chosen[:, 0], chosen[:, 1], ".", markersize=size, alpha=0.5, **colour)
     if labels is not None and len(classes) <= 20:
         axes.legend(markerscale=4, fontsize=8)

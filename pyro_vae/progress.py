@@ -43,6 +43,7 @@ if sys.platform != "win32":
 Metrics = dict[str, float]
 
 _TORCHRUN = "torchrun --nproc-per-node"
+_PART = "*.????????.part"  # of `checkpoints.write`, where it was stopped
 
 
 class Stopped(SystemExit):
@@ -242,8 +243,14 @@ class Progress:
         states, found = folder / "checkpoints", None
         if self.ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
+            held = [*sorted(states.glob("*")), *sorted(folder.glob("*.safetensors"))]
+            if held and not self.resume and not (folder / "metrics.jsonl").exists():
+                raise FileExistsError(
+                    f"'{folder}' holds weights or checkpoints, {held[0].name} for one; choose "
+                    f"another folder, so that nothing is lost"
+                )
             file = stack.enter_context(_claimed(folder, self.resume))
-            for leftover in (*folder.glob("*.part"), *states.glob("*.part")):
+            for leftover in (*folder.glob(_PART), *states.glob(_PART)):
                 leftover.unlink()
             found = checkpoints.newest(states) if self.resume else None
             if found is None and file.read(1):
@@ -265,9 +272,10 @@ class Progress:
         except BaseException:
             if found is None:
                 file.close()
-                for path in (*states.iterdir(), folder / "metrics.jsonl"):
-                    path.unlink()
-                states.rmdir()
+                for path in (states / f"{self.now.step:09}.safetensors", folder / "metrics.jsonl"):
+                    path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # where it is not empty
+                    states.rmdir()
             raise
         self._saved = -math.inf  # the optimiser has its state from the first step on
         self._write = stack.enter_context(_rows(file, folder, self.now))
@@ -390,8 +398,9 @@ class Progress:
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """Refuse what would not be the same run, and say what cannot be exactly the same."""
-        # Two that earlier versions do not name.
-        began = {"processes": 1, "parts": self.settings["parts"], **state["settings"]}
+        # What earlier versions do not name.
+        added = {key: self.settings[key] for key in ("parts", "view")}
+        began = {"processes": 1, **added, **state["settings"]}
         for key, new in self.settings.items():
             if new is None and key == "mode":  # that which the run has
                 continue
@@ -403,7 +412,7 @@ class Progress:
                     f"{_TORCHRUN} says how many"
                 )
             if was != is_now:
-                hidden = where in ("data", "weights", "parts")
+                hidden = where in ("data", "view", "weights", "parts")
                 shown = "" if hidden else f": it was {was} and is {is_now}"
                 raise ValueError(
                     f"'{self.folder}' cannot go on with other {where}{shown}; only epochs, "

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import math
+import re
 import warnings
 import zipfile
 import zlib
@@ -37,6 +38,7 @@ from pyro_vae.vae import VAE
 Array = npt.NDArray[Any]
 
 # Settings that say where and how a run is computed, and not what it is.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 _WHERE = ("allow", "data_dir", "mode", "device", "threads", "checkpoint", "out", "resume")
 _BLOCK = 250  # data whose estimates are written at a time
 _ARRAYS = ("log_likelihood", "monte_carlo_error", "effective_sample_size", "pareto_k")
@@ -63,7 +65,7 @@ def evaluate(
         particles: Draws of z for each datum, whose bounds are averaged (without importance
             weights).
         samples: Draws K for each datum in the importance-sampling estimate L_K of log p(x); 0
-            for the bound alone.
+            to leave it out.
         threads: Threads of the processor (default: as many as torch takes).
         json: Print JSON in place of the table; its "reliable" is false where L_K is not to be
             trusted for some data, and null where there are too few samples to tell.
@@ -95,6 +97,7 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
         **halves.summary(),
     }
     arrays = {key: getattr(halves, key).numpy(force=True) for key in ("reconstruction", "kl")}
+    arrays |= {"unit": np.array(found["unit"]), "weights": np.array(run.weights)}
     pictures = {}
     if estimate:
         found |= {f"L_{samples}_{key}": value for key, value in estimate.summary().items()}
@@ -127,9 +130,9 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
         arrays["z"] = torch.cat([vae.encode(*each).sample() for each in batches]).numpy(force=True)
     labels = None if part.labels is None else part.labels.numpy(force=True)
     pictures["latents"] = plots.scatter(arrays["z"], labels)
-    key = _key(run, split, samples, batch)
-    _write(Path(run.run) / f"evaluation-{split}.npz", arrays, key)
-    paths = [
+    aside = _set_aside(Path(run.run) / f"evaluation-{split}.npz", samples)
+    _write(Path(run.run) / f"evaluation-{split}.npz", arrays, _key(run, split, samples, batch))
+    paths = aside + [
         plots.save(figure, Path(run.run) / f"evaluation-{split}-{name}.png")
         for name, figure in pictures.items()
     ]
@@ -175,12 +178,15 @@ def compare(
                     raise ValueError(f"'{run}' has no setting '{key}' in its config.yaml")
             variant, partner = (_named(settings[key], key) for key in (by, pair))
             variants[variant] = settings[by]
+            if settings.get("patience") is None:
+                settings["epochs done"] = _lines(Path(run) / "metrics.jsonl")
+            settings["processes"] = _processes(Path(run) / "config.yaml")
             for key in settings.keys() - {by, pair, *_WHERE}:
                 value = dumps(settings[key], sort_keys=True, default=str)
                 others.setdefault((key, partner), set()).add(value)
         values, kind, share = _values(run, split)
         doubtful[variant] = max(share, doubtful.get(variant, 0.0))
-        _check_alike(seen.setdefault("", (run, kind[:1])), (run, kind[:1]))
+        _check_alike(seen.setdefault("", (run, kind[:3])), (run, kind[:3]))
         _check_alike(seen.setdefault(partner, (run, kind)), (run, kind))
         if partner in table.setdefault(variant, {}):
             raise ValueError(
@@ -278,11 +284,36 @@ def _restored(arrays: Mapping[str, Array], samples: int) -> Estimate:
     return Estimate(**values, samples=samples, dimensions=dimensions, level=float(arrays["level"]))
 
 
+def _set_aside(path: Path, samples: int) -> list[Path]:
+    """Keep an estimate by more samples, which took longer, under a name of its own."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
+            before = int(str(file["key"]).split()[-1]) if "log_likelihood" in file.files else 0
+    except _DAMAGE:
+        return []
+    if before <= samples:
+        return []
+    return [path.replace(path.with_name(f"{path.stem}-L_{before}.npz"))]
+
+
 def _key(run: Run, split: str, samples: int, batch: Batch) -> str:
     """What an estimate depends on, in words, of which `_values` reads the last ones."""
-    weights = Path(run.run) / f"{run.weights}.safetensors"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+    digest = _weights(Path(run.run) / f"{run.weights}.safetensors")
     return f"{digest} {split} seed {run.seed} data {_digest(batch)} samples {samples}"
+
+
+def _weights(path: Path) -> str:
+    """What tells one file of weights from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def _processes(config: Path) -> str:
+    """How many processes trained a run, which the header of its configuration says."""
+    return (re.findall(r"^# By (\d+) processes", config.read_text(), re.M) or ["1"])[0]
 
 
 def _digest(batch: Batch) -> str:
@@ -304,7 +335,7 @@ def _read(path: Path, key: str) -> dict[str, Array] | None:
             same = str(file["key"]) == key
             there = same and {*_ARRAYS, "dimensions", "level"} <= set(file.files)
             return {name: file[name] for name in file.files if name != "key"} if there else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except _DAMAGE:
         return None
 
 
@@ -429,7 +460,8 @@ def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...], fl
         with np.load(path) as file:
             elbo = file["reconstruction"] - file["kl"]
             words = str(file["key"]).split()
-            samples, digest = words[-1], words[-3]
+            weights, samples, digest = words[0], words[-1], words[-3]
+            kind = [str(file[name]) for name in ("unit", "weights")]
             values, share = {"ELBO": float(elbo.mean())}, 0.0
             if "log_likelihood" in file.files:
                 estimate = _restored(file, int(samples))
@@ -437,14 +469,24 @@ def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...], fl
                 share = float(estimate.unreliable.double().mean())
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
-    return values, (samples, digest, str(len(elbo))), share
+    now = path.with_name(f"{kind[1]}.safetensors")
+    if not now.is_file() or _weights(now) != weights:
+        raise ValueError(
+            f"'{run}' has other weights than when it was evaluated: run `pyro-vae evaluate {run} "
+            f"--split {split}` again"
+        )
+    return values, (samples, *kind, digest, str(len(elbo))), share
 
 
 def _check_alike(first: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str, ...]]) -> None:
-    """Two runs were evaluated with as many samples and, where they are partners, on one set."""
+    """Two runs were evaluated alike, as `_values` says, and where they are partners on one set."""
     if first[1] == other[1]:
         return
-    what = "another number of samples" if first[1][0] != other[1][0] else "different data"
+    pairs = zip(("another number of samples", "another unit"), first[1], other[1], strict=False)
+    weights = f"weights that are {first[1][2]} and {other[1][2]}"
+    named = [what for what, one, another in pairs if one != another]
+    named += [weights] if first[1][2] != other[1][2] else []
+    what = [*named, "different data"][0]
     raise ValueError(
         f"these runs cannot be paired: '{first[0]}' and '{other[0]}' were evaluated with {what}; "
         f"evaluate them alike"

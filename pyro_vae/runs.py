@@ -103,6 +103,13 @@ class Run:
                 f"'{self.run}' was trained on data of shape {self.blueprint.shape} and "
                 f"'{dataset.name}' has {dataset.shape}"
             )
+        before = self.blueprint.rows
+        if self.data is None and len(dataset.train) != before > 1:
+            raise ValueError(
+                f"'{dataset.name}' has {len(dataset.train)} training data and had {before} when "
+                f"'{self.run}' was trained, so that its splits are others: put back what it was, "
+                f"or give it as --data"
+            )
         part: Split = getattr(dataset, name)
         if not len(part):
             raise ValueError(f"'{dataset.name}' has no {name} data here; choose another --split")

@@ -366,7 +366,7 @@ def split(
     """Split arrays, tensors or a torch `Dataset` into train, validation and test.
 
     Args:
-        x: Data ``(N, *shape)``, or a map-style `Dataset` whose items are x, or a tuple
+        x: Data ``(N, *shape)``, or a map-style `Dataset` whose items are x, or a tuple or list
             ``(x, label)`` with an integer label, or ``(x, *context)``.
         context: Whatever else a datum brings, arrays ``(N, features)`` or ``(N,)``.
         labels: Integer classes ``(N,)``, instead of those of a `Dataset`.
@@ -402,7 +402,11 @@ def tensor(value: Any, name: str) -> Tensor:
             did.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise ValueError(f"{name} is sparse; give it dense, by .to_dense()")
         return value
+    if getattr(value, "mode", None) in ("P", "PA"):  # an image whose values number colours
+        value = value.convert("RGB")
     array = np.asarray(value)
     dtype = array.dtype
     if dtype.kind not in "buif":
@@ -594,7 +598,8 @@ def _stack(dataset: Dataset[Any]) -> tuple[Tensor, tuple[Tensor, ...], Tensor | 
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise ValueError("a torch Dataset must have a length above 0 to be read into memory")
     items = [dataset[i] for i in range(len(dataset))]
-    columns = list(zip(*items, strict=True)) if isinstance(items[0], tuple) else [tuple(items)]
+    several = isinstance(items[0], (tuple, list))
+    columns = list(zip(*items, strict=True)) if several else [tuple(items)]
     fields = [[tensor(value, "an item of the Dataset") for value in c] for c in columns]
     try:
         x, *others = (torch.stack(field) for field in fields)

@@ -401,8 +401,9 @@ def _check_room(rows: int, batch_size: int) -> None:
 
 
 def _fixed(part: Split) -> Iterator[tuple[Tensor, ...]]:
-    """Batches for evaluation: in order, and binarised alike each time."""
-    return part.batches(8192, torch.Generator(part.x.device).manual_seed(0))
+    """Batches for evaluation: in order, and binarised alike each time; less of large rows."""
+    size = max(min(2**23 // max(part.x.shape[1:].numel(), 1), 8192), 1)
+    return part.batches(size, torch.Generator(part.x.device).manual_seed(0))
 
 
 def _diagnosis(pair: Any, batch: tuple[Tensor, ...], now: Standing, *, exact: bool = False) -> str:

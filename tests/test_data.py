@@ -429,6 +429,16 @@ def test_unlike_images_are_refused_by_name(tmp_path, other, found):
         data.load(tmp_path)
 
 
+def test_what_programs_keep_beside_images_is_no_data(tmp_path):
+    for name in ("a.png", "b.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        paint(tmp_path / name)
+    (tmp_path / "._a.png").write_bytes(b"no image")
+    found = whole(tmp_path)
+    assert len(found) == 2
+    assert found.labels is None
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg", "gif", "bmp", "tif", "webp"])
 @pytest.mark.parametrize("kept", [0, 6, -30])
 def test_a_damaged_image_is_refused_by_name(tmp_path, ending, kept):

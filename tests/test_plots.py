@@ -248,3 +248,20 @@ def test_latents_are_scattered_by_label(latent, labels, tmp_path):
         greatest = np.linalg.eigvalsh(np.cov(z.T))[-1]
         assert_allclose(drawn[:, 0].var(ddof=1), greatest)
     pixels(plots.scatter(z, labels), tmp_path / "a.png")
+
+
+def test_rows_of_vectors_share_their_colours():
+    figure = plots.strip({"data": torch.zeros(3, 4), "reconstruction": torch.full((3, 4), 0.5)})
+    images = [axes.images[0] for axes in figure.axes[:2]]
+    assert [image.get_clim() for image in images] == [(0, 0.5), (0, 0.5)]
+    assert figure.axes[1].get_xlabel() == "element"
+
+
+def test_no_share_is_said_where_no_k_hat_is_known():
+    (axes,) = plots.k_hat(np.full(5, np.nan), 0.7).axes
+    assert axes.get_title() == "too few draws for a k-hat"
+
+
+def test_more_classes_than_ten_have_colours_of_their_own():
+    (axes,) = plots.scatter(np.random.default_rng(0).random((60, 2)), np.arange(60) % 12).axes
+    assert len({tuple(line.get_color()) for line in axes.lines}) == 12

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,6 +305,36 @@ def test_what_would_be_another_run_is_named_and_refused(options, words, tmp_path
     assert same(trained(run=tmp_path, resume=True), trained())
 
 
+def test_another_view_of_one_name_is_refused(tmp_path):
+    def trained_on(power, **options):
+        def view(values, generator=None):
+            return values**power
+
+        shown = data.split(ROWS.sigmoid(), validation=0.25, test=0, view=view)
+        return fit(linear(), shown, **WITH, run=tmp_path, **options)
+
+    with stopped(8):
+        trained_on(1)
+    with pytest.raises(ValueError, match="cannot go on with other view; only epochs"):
+        trained_on(2, resume=True)
+    assert len(trained_on(1, resume=True)) == 5
+
+
+def test_a_folder_of_other_weights_or_checkpoints_is_left_alone(tmp_path):
+    trained(run=tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(
+        FileExistsError, match=r"holds weights or checkpoints, 0000.* choose anoth"
+    ):
+        trained(run=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(FileExistsError, match=r"holds weights or checkpoints, best.safetensors"):
+        trained(run=tmp_path)
+    kept = {path: content for path, content in before.items() if "checkpoints" not in str(path)}
+    assert contents(tmp_path) == kept
+
+
 def test_other_data_are_refused(tmp_path):
     with stopped(8):
         trained(run=tmp_path)
@@ -438,10 +469,12 @@ def test_a_run_without_checkpoints_is_refused_and_left(tmp_path):
 def test_unfinished_files_are_cleared_away(tmp_path):
     with stopped(8):
         trained(run=tmp_path)
-    for path in (tmp_path / "best.safetensors.part", tmp_path / "checkpoints" / "9.part"):
+    (tmp_path / "download.part").touch()  # of another program
+    leftovers = ["best.safetensors.0123abcd.part", "checkpoints/9.safetensors.0123abcd.part"]
+    for path in (tmp_path / each for each in leftovers):
         path.write_bytes(b"half")
     trained(run=tmp_path, resume=True)
-    assert not list(tmp_path.rglob("*.part"))
+    assert [path.name for path in tmp_path.rglob("*.part")] == ["download.part"]
 
 
 @pytest.mark.parametrize("resume", [False, True])

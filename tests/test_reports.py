@@ -214,6 +214,58 @@ def test_estimates_that_are_not_to_be_trusted_are_named(runs, copy, capsys):
             assert f"k-hat is high for data of Laplace 0.0%, Normal {said} (of a run" in table
 
 
+def test_an_evaluation_of_other_weights_is_not_compared(runs, copy, capsys):
+    line = f"compare {runs / 'Laplace-0'} {copy}"
+    assert call(line) == 0
+    vae = load(copy)
+    with torch.no_grad():
+        vae.likelihood.network.last.bias.add_(1)
+    checkpoints.save(vae, copy / "best.safetensors")
+    assert "other weights than when it was evaluated: run `pyro-vae" in sentence(line, capsys)
+    assert call(f"evaluate {copy} --samples 50 --weights last") == 0
+    assert "evaluated with weights that are best and last; eval" in sentence(line, capsys)
+
+
+def test_scores_in_other_units_are_not_compared(runs, copy, capsys):
+    np.savez(copy / "evaluation-test.npz", **{**arrays(copy), "unit": np.array("nats, no bound")})
+    said = sentence(f"compare {runs / 'Laplace-0'} {copy}", capsys)
+    assert "were evaluated with another unit; evaluate them alike" in said
+
+
+def test_how_long_and_by_how_many_runs_were_trained_is_compared(runs, copy, capsys):
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"epoch": 2}) + "\n")
+    config = copy / "config.yaml"
+    config.write_text(config.read_text() + "# By 2 processes, of torchrun 1\n")
+    assert call(f"compare {runs / 'Laplace-0'} {copy}") == 0
+    assert "runs of a pair differ in epochs done, processes too" in capsys.readouterr().out
+
+
+def test_a_cheap_estimate_does_not_take_the_place_of_a_dear_one(copy, capsys):
+    before = arrays(copy)["log_likelihood"]
+    assert call(f"evaluate {copy} --samples 0 --json") == 0
+    assert "log_likelihood" not in arrays(copy)
+    capsys.readouterr()
+    with np.load(copy / "evaluation-test-L_50.npz") as file:
+        assert np.array_equal(file["log_likelihood"], before)
+    assert call(f"evaluate {copy} --samples 60") == 0  # which takes the place of none that is dear
+    assert {path.name for path in copy.glob("*.npz")} >= {"evaluation-test.npz"}
+    assert call(f"evaluate {copy} --samples 20") == 0
+    assert str(copy / "evaluation-test-L_60.npz") in capsys.readouterr().out
+
+
+def test_a_run_is_not_evaluated_on_data_that_have_grown(tmp_path, capsys):
+    """Of which it may have trained on any."""
+    x = np.random.default_rng(0).random((60, 5))
+    np.save(tmp_path / "x.npy", x[:50])
+    options = f"--data {tmp_path / 'x.npy'} --batch-size 10 --likelihood Normal"
+    assert call(f"{TRAIN} {options} --out {tmp_path / 'run'}") == 0
+    np.save(tmp_path / "x.npy", x)
+    said = sentence(f"evaluate {tmp_path / 'run'} --samples 10", capsys)
+    assert "'x' has 48 training data and had 40 when" in said
+    assert call(f"evaluate {tmp_path / 'run'} --samples 10 --data {tmp_path / 'x.npy'}") == 0
+
+
 def test_parts_are_named_by_what_they_differ_in():
     def part(name, **options):
         return {"class_path": name, "init_args": options}

@@ -410,6 +410,28 @@ def test_what_may_be_missing_is_said(value, options, match):
         split(x, **options)
 
 
+def test_images_that_number_their_colours_are_their_colours():
+    colours = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3)).astype(np.uint8)
+    images = [Image.fromarray(each).quantize(16) for each in colours]
+    x = split(Items(*images), **WHOLE).train.x
+    true = np.stack([np.asarray(each.convert("RGB")).transpose(2, 0, 1) for each in images])
+    assert np.array_equal(x.numpy(), true)
+
+
+def test_items_may_be_lists():
+    items = [[torch.rand(4), number % 3] for number in range(20)]
+    found = split(Items(*items), **WHOLE).train
+    assert found.labels.tolist() == [label for _, label in items]
+    assert torch.equal(found.x, torch.stack([x for x, _ in items]))
+
+
+def test_sparse_tensors_are_refused_in_a_sentence():
+    with pytest.raises(
+        ValueError, match=r"^the data is sparse; give it dense, by \.to_dense\(\)$"
+    ):
+        split(torch.eye(20).to_sparse())
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_what_a_masked_array_masks_is_missing(dtype):
     x = np.ma.masked_equal(np.arange(1, 25).reshape(6, 4).astype(dtype), 7)
