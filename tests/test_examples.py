@@ -337,11 +337,18 @@ def test_aevb_comes_where_it_is_published(figure, monkeypatch):
         [each for each in reporting.order(some, **how) if "AEVB" in each["order"]]
         for some in (rows, turned)
     )
-    if figure == "2":
-        assert [each["points"] for each in found] == 18 * [6]
-    assert found
-    assert all(each["agree"] == each["points"] and each["lead"] > 0 for each in found)
-    assert all(each["agree"] == 0 for each in contrary)
+    points = {"2": 18 * [6], "3": [6, 4, 6, 2, 5, 3]}[figure]
+    assert [each["points"] for each in found] == points
+    missed = [each for each in found if each["agree"] < each["points"]]
+    if figure == "3":  # as the page says: at its end AEVB has come down to wake-sleep
+        (level,) = missed
+        assert (level["panel"], level["split"], level["agree"]) == ("Ntrain=1000", "test", 5)
+        assert level["order"] == ("AEVB", "wake-sleep")
+        assert -0.2 < level["lead"] < 0
+    else:
+        assert not missed
+    assert all(each["lead"] > 0 for each in found if each not in missed)
+    assert sum(each["agree"] for each in contrary) == len(missed)
 
 
 def test_a_panel_shows_the_curves_of_its_own_binarisation(monkeypatch):

@@ -13,15 +13,32 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def run_blocks(page):
+    """The names that a page's Python blocks leave, and how many there are."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    return names, len(blocks)
+
+
 @pytest.mark.filterwarnings("default")
 def test_python_blocks_run_in_order(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert len(blocks) == 6
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    names, count = run_blocks("README.md")
+    assert count == 6
     assert names["metrics"][-1]["elbo"] < 0
+
+
+def test_the_figure_in_short_shows_the_bound(capsys):
+    names, count = run_blocks("examples/paper/README.md")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert count == 1
+    assert [(name, int(seen)) for name, seen, _ in lines] == [
+        (name, 1437 * passes) for name in ("Trace_ELBO", "WakeSleep") for passes in range(7)
+    ]
+    first, last = (float(lines[at][2]) for at in (0, 6))
+    assert -64 * 0.7 < first < last - 10  # from coins, by AEVB
 
 
 def test_the_programs_shown_are_those_of_the_package():
@@ -32,7 +49,8 @@ def test_the_programs_shown_are_those_of_the_package():
     assert all(textwrap.indent(program, "    ") in source for program in programs)
 
 
-PAGES = ["README.md", "examples/benchmarks/README.md", "examples/combinations.md"]
+PAGES = ["README.md", "examples/combinations.md"]
+PAGES += [f"examples/{name}/README.md" for name in ("benchmarks", "paper")]
 
 
 @pytest.mark.parametrize("page", PAGES)
