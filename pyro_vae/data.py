@@ -362,11 +362,12 @@ def _dense(path: Path) -> torch.Tensor:
 
 
 def _channels(array: Array, path: Path) -> torch.Tensor:
-    """Images channel first: ``(N, H, W)`` gets one; 1, 3 or 4 at the end, if least, are moved."""
+    """Images channel first: ``(N, H, W)`` gets one; 1 or 3 at the end, 4 of bytes, are moved."""
     x = tensor(array, f"'{path}'")
     if x.dim() == 3:
         return x.unsqueeze(1)
-    if x.dim() == 4 and x.shape[-1] in (1, 3, 4) and x.shape[-1] < min(x.shape[1:3]):
+    counts = (1, 3, 4) if x.dtype == torch.uint8 else (1, 3)
+    if x.dim() == 4 and x.shape[-1] in counts and x.shape[1] not in counts:
         return x.permute(0, 3, 1, 2).contiguous()
     return x
 
@@ -408,7 +409,8 @@ def _image(file: Path) -> torch.Tensor:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 deep, grey = image.mode[0] in "IF", image.mode in ("1", "L", "LA")
-                frames = getattr(image, "n_frames", 1)
+                # A JPEG of several is a photograph with its previews.
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
                 pixels = np.array(image.convert("L" if grey else "RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"'{file}' unpacks to more pixels than is sane; remove it") from error

@@ -205,10 +205,12 @@ def _check_scale(name: str, modelled: Any, guided: Any) -> None:
 
 
 def _check_trained(pair: nn.Module, *traces: poutine.Trace) -> None:
-    """Every parameter that is to be trained reaches a density, by a finite gradient."""
+    """Every parameter that is to be trained reaches a density, also where data have holes."""
     named = [(name, each) for name, each in pair.named_parameters() if each.requires_grad]
     sites = [site for trace in traces for site in trace.nodes.values() if site["type"] == "sample"]
     scores = [site["log_prob"].sum() for site in sites if site["log_prob"].requires_grad]
+    seen = [site["value"] for site in sites if site["is_observed"]]
+    holes = any(bool(each.isnan().any()) for each in seen if isinstance(each, Tensor))
     slopes: Sequence[Tensor | None] = [None] * len(named)
     if scores and named:
         # Random factors, since densities of one z may cancel in their sum.
@@ -221,7 +223,8 @@ def _check_trained(pair: nn.Module, *traces: poutine.Trace) -> None:
                 f"depends on it, or the global param store holds another of its name; use it, or "
                 f"freeze it by requires_grad_(False)"
             )
-        if not slope.isfinite().all():
+        values = slope.coalesce().values() if slope.is_sparse else slope
+        if holes and not values.isfinite().all():
             raise ValueError(
                 f"the parameter '{name}' gets a NaN or infinite gradient: fill what is missing "
                 f"before it is scored, since a mask after that mends the loss only"

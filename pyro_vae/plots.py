@@ -101,7 +101,9 @@ def strip(rows: Mapping[str, Tensor]) -> Figure:
         figure = Figure(figsize=(7, 1 + 2 * len(rows)), dpi=120, layout="constrained")
         panels = np.atleast_1d(figure.subplots(len(rows), sharex=True))
         arrays = [x.flatten(1).numpy(force=True) for x in rows.values()]
-        ends = {"vmin": min(map(np.nanmin, arrays)), "vmax": max(map(np.nanmax, arrays))}
+        values = np.concatenate([array.flatten() for array in arrays])
+        finite = values[np.isfinite(values)]
+        ends = {"vmin": finite.min(initial=np.inf), "vmax": finite.max(initial=-np.inf)}
         for axes, name, array in zip(panels, rows, arrays, strict=True):
             drawn = axes.imshow(array, aspect="auto", interpolation="nearest", **ends)
             axes.set_ylabel(name)

@@ -243,8 +243,11 @@ class Progress:
         states, found = folder / "checkpoints", None
         if self.ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
-            held = [*sorted(states.glob("*")), *sorted(folder.glob("*.safetensors"))]
-            if held and not self.resume and not (folder / "metrics.jsonl").exists():
+            states_held = sorted(states.glob("*.safetensors"))
+            own = [folder / f"{name}.safetensors" for name in ("best", "last")]
+            held = [*states_held, *(path for path in own if path.exists())]
+            goes_on = self.resume and states_held
+            if held and not goes_on and not (folder / "metrics.jsonl").exists():
                 raise FileExistsError(
                     f"'{folder}' holds weights or checkpoints, {held[0].name} for one; choose "
                     f"another folder, so that nothing is lost"

@@ -37,8 +37,9 @@ from pyro_vae.vae import VAE
 
 Array = npt.NDArray[Any]
 
-# Settings that say where and how a run is computed, and not what it is.
+# What reading a damaged file raises.
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+# Settings that say where and how a run is computed, and not what it is.
 _WHERE = ("allow", "data_dir", "mode", "device", "threads", "checkpoint", "out", "resume")
 _BLOCK = 250  # data whose estimates are written at a time
 _ARRAYS = ("log_likelihood", "monte_carlo_error", "effective_sample_size", "pareto_k")
@@ -178,7 +179,7 @@ def compare(
                     raise ValueError(f"'{run}' has no setting '{key}' in its config.yaml")
             variant, partner = (_named(settings[key], key) for key in (by, pair))
             variants[variant] = settings[by]
-            if settings.get("patience") is None:
+            if by != "epochs" and settings.get("patience") is None:
                 settings["epochs done"] = _lines(Path(run) / "metrics.jsonl")
             settings["processes"] = _processes(Path(run) / "config.yaml")
             for key in settings.keys() - {by, pair, *_WHERE}:
@@ -231,7 +232,8 @@ def _estimated(
     path = Path(run.run) / f"evaluation-{split}.part.npz"
     ranks = Ranks.here()
     key, size = _key(run, split, samples, batch), len(batch[0])
-    kept = _read(path, key) or _read(path.with_name(f"evaluation-{split}.npz"), key)
+    names = [path.name] + [f"evaluation-{split}{end}.npz" for end in ("", f"-L_{samples}")]
+    kept = next(filter(None, (_read(path.with_name(name), key) for name in names)), None)
     done = [_restored(kept, samples)] if kept else []
     start = len(done[0].log_likelihood) if done else 0
     shown = f"L_{samples}" if ranks.first else ""
@@ -457,17 +459,18 @@ def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...], fl
             f"'{run}' has not been evaluated: run `pyro-vae evaluate {run} --split {split}` first"
         )
     try:
-        with np.load(path) as file:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
             elbo = file["reconstruction"] - file["kl"]
             words = str(file["key"]).split()
             weights, samples, digest = words[0], words[-1], words[-3]
-            kind = [str(file[name]) for name in ("unit", "weights")]
+            usual = {"unit": "nats", "weights": "best"}  # of a file of an earlier version
+            kind = [str(file[name] if name in file.files else usual[name]) for name in usual]
             values, share = {"ELBO": float(elbo.mean())}, 0.0
             if "log_likelihood" in file.files:
                 estimate = _restored(file, int(samples))
                 values[f"L_{samples}"] = estimate.mean
                 share = float(estimate.unreliable.double().mean())
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (*_DAMAGE, IndexError) as error:
         raise ValueError(f"'{path}' is damaged: {error}") from error
     now = path.with_name(f"{kind[1]}.safetensors")
     if not now.is_file() or _weights(now) != weights:

@@ -366,7 +366,7 @@ def split(
     """Split arrays, tensors or a torch `Dataset` into train, validation and test.
 
     Args:
-        x: Data ``(N, *shape)``, or a map-style `Dataset` whose items are x, or a tuple or list
+        x: Data ``(N, *shape)``, or a map-style `Dataset` whose items are x, or a tuple
             ``(x, label)`` with an integer label, or ``(x, *context)``.
         context: Whatever else a datum brings, arrays ``(N, features)`` or ``(N,)``.
         labels: Integer classes ``(N,)``, instead of those of a `Dataset`.
@@ -414,6 +414,8 @@ def tensor(value: Any, name: str) -> Tensor:
             f"{name} holds values of type {dtype}, not real numbers; give integers or floats"
         )
     if np.ma.is_masked(value):
+        if dtype == np.uint8:
+            raise ValueError(f"{name} is of bytes, which have no holes; give floats, as x / 255")
         array = np.where(np.ma.getmaskarray(value), np.nan, array)
         dtype = array.dtype
     long = dtype.kind == "u" and dtype.itemsize == 8 and array.size > 0
@@ -598,8 +600,7 @@ def _stack(dataset: Dataset[Any]) -> tuple[Tensor, tuple[Tensor, ...], Tensor | 
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise ValueError("a torch Dataset must have a length above 0 to be read into memory")
     items = [dataset[i] for i in range(len(dataset))]
-    several = isinstance(items[0], (tuple, list))
-    columns = list(zip(*items, strict=True)) if several else [tuple(items)]
+    columns = list(zip(*items, strict=True)) if isinstance(items[0], tuple) else [tuple(items)]
     fields = [[tensor(value, "an item of the Dataset") for value in c] for c in columns]
     try:
         x, *others = (torch.stack(field) for field in fields)

@@ -329,8 +329,9 @@ def test_a_folder_of_other_weights_or_checkpoints_is_left_alone(tmp_path):
     ):
         trained(run=tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(FileExistsError, match=r"holds weights or checkpoints, best.safetensors"):
-        trained(run=tmp_path)
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds weights or checkpoints, best.safetenso"):
+            trained(run=tmp_path, resume=resume)
     kept = {path: content for path, content in before.items() if "checkpoints" not in str(path)}
     assert contents(tmp_path) == kept
 

@@ -31,7 +31,7 @@ def test_python_blocks_run_in_order(monkeypatch, tmp_path):
 
 
 def test_the_figure_in_short_shows_the_bound(capsys):
-    names, count = run_blocks("examples/paper/README.md")
+    _, count = run_blocks("examples/paper/README.md")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert count == 1
     assert [(name, int(seen)) for name, seen, _ in lines] == [

@@ -418,13 +418,6 @@ def test_images_that_number_their_colours_are_their_colours():
     assert np.array_equal(x.numpy(), true)
 
 
-def test_items_may_be_lists():
-    items = [[torch.rand(4), number % 3] for number in range(20)]
-    found = split(Items(*items), **WHOLE).train
-    assert found.labels.tolist() == [label for _, label in items]
-    assert torch.equal(found.x, torch.stack([x for x, _ in items]))
-
-
 def test_sparse_tensors_are_refused_in_a_sentence():
     with pytest.raises(
         ValueError, match=r"^the data is sparse; give it dense, by \.to_dense\(\)$"
@@ -432,15 +425,21 @@ def test_sparse_tensors_are_refused_in_a_sentence():
         split(torch.eye(20).to_sparse())
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
 def test_what_a_masked_array_masks_is_missing(dtype):
     x = np.ma.masked_equal(np.arange(1, 25).reshape(6, 4).astype(dtype), 7)
     with pytest.raises(ValueError, match="1 NaN or infinite values, the first in row 1; remove"):
         split(x)
     (batch,) = split(x, missing=True, **WHOLE).train.batch()
     assert batch.isnan().nonzero().tolist() == [[1, 2]]
+    assert batch[1, 1] == 6
     (batch,) = split(np.ma.asarray(x.data), **WHOLE).train.batch()  # nothing is masked
-    assert batch[1, 2] == 7 / (255 if dtype is np.uint8 else 1)
+    assert batch[1, 2] == 7
+
+
+def test_bytes_have_no_holes():
+    with pytest.raises(ValueError, match="of bytes, which have no holes; give floats, as x / 255"):
+        split(np.ma.masked_equal(np.arange(24, dtype=np.uint8).reshape(6, 4), 7), missing=True)
 
 
 def test_a_row_in_which_all_is_missing_is_refused():

@@ -368,6 +368,8 @@ def named(options, panel, method, binarisation):
     """A name for the files of one curve."""
     about = [panel, method, binarisation, options.initial_scale, options.seed, options.samples]
     about += [options.step_size] if options.step_size is not None else []
+    how = asked(options)
+    about += [how["images"]] if how.get("images") != options.usual.get("images") else []
     return "-".join(str(each).replace(" ", "") for each in about)
 
 
