@@ -362,7 +362,10 @@ def _dense(path: Path) -> torch.Tensor:
 
 
 def _channels(array: Array, path: Path) -> torch.Tensor:
-    """Images channel first: ``(N, H, W)`` gets one; 1 or 3 at the end, 4 of bytes, are moved."""
+    """Images channel first: ``(N, H, W)`` gets one, and those of ``(N, H, W, C)`` are moved.
+
+    C is 1, 3 or, in bytes, 4; other last axes are widths.
+    """
     x = tensor(array, f"'{path}'")
     if x.dim() == 3:
         return x.unsqueeze(1)

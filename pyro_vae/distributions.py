@@ -309,8 +309,8 @@ def _polynomial(x: Tensor, coefficients: Sequence[Any]) -> Tensor:
 class LowRankNormal(dist.LowRankMultivariateNormal):
     """A Gaussian of low rank that scores in double precision.
 
-    Its quadratic form is the difference of two that grow with factor^2 / diagonal: where those
-    are 10^5 of each other, which a tight posterior of correlated latents has, nats are lost.
+    Its quadratic form is the difference of two terms of the size of factor^2 / diagonal, which
+    in single precision costs nats where a law is tight and its elements correlate.
     """
 
     @override

@@ -43,6 +43,7 @@ if sys.platform != "win32":
 Metrics = dict[str, float]
 
 _TORCHRUN = "torchrun --nproc-per-node"
+_WEIGHTS = ("best.safetensors", "last.safetensors")
 _PART = "*.????????.part"  # of `checkpoints.write`, where it was stopped
 
 
@@ -243,11 +244,10 @@ class Progress:
         states, found = folder / "checkpoints", None
         if self.ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
-            states_held = sorted(states.glob("*.safetensors"))
-            own = [folder / f"{name}.safetensors" for name in ("best", "last")]
-            held = [*states_held, *(path for path in own if path.exists())]
-            goes_on = self.resume and states_held
-            if held and not goes_on and not (folder / "metrics.jsonl").exists():
+            before = sorted(states.glob("*.safetensors"))
+            held = before + [path for path in map(folder.joinpath, _WEIGHTS) if path.exists()]
+            begun = (folder / "metrics.jsonl").exists() or (self.resume and before)
+            if held and not begun:
                 raise FileExistsError(
                     f"'{folder}' holds weights or checkpoints, {held[0].name} for one; choose "
                     f"another folder, so that nothing is lost"
