@@ -384,7 +384,10 @@ def _table(found: Mapping[str, Any], samples: int, split: str) -> str:
         if found["reliable"] is None:
             said += ", too few for a k-hat"
         rows.append(("  Monte Carlo error", f"{found[f'{name}_monte_carlo_error']:.4f}", said))
-        rows.append(("  k-hat, median", median, f"too high for {share:.1%} of the data"))
+        if math.isnan(median):
+            rows.append(("  k-hat, median", "none", "too few draws"))
+        else:
+            rows.append(("  k-hat, median", median, f"too high for {share:.1%} of the data"))
         size = f"{found[f'{name}_effective_sample_size']:.0f}"
         rows.append(("  effective sample size", size, f"of {samples:,}, median"))
         if found["bits"]:

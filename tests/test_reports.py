@@ -69,9 +69,17 @@ def test_the_table_the_json_and_the_arrays_agree(copy, capsys):
 @pytest.mark.parametrize(
     ("k", "reliable", "words"),
     [
-        (0.3, True, "by the draws of z\n"),
+        (
+            0.3,
+            True,
+            "by the draws of z\n  k-hat, median                0.10  too high for 0.0% of",
+        ),
         (0.9, False, "unreliable where k-hat is high\n"),
-        (np.nan, None, "by the draws of z, too few for a k-hat\n"),
+        (
+            np.nan,
+            None,
+            "too few for a k-hat\n  k-hat, median                none  too few draws\n",
+        ),
     ],
 )
 def test_a_program_can_tell_what_the_table_says_of_trust(
