@@ -141,7 +141,7 @@ class FreeBits(Direct):
     """ELBO whose KL costs nothing below a floor, ``E_q[log p(x|z)] - sum_g max(f, KL_g)``.
 
     ``KL_g`` is the mean, over those data of the batch whose latents are not all masked, of the KL
-    of a group g of latents, which lie in the plate ``data``; latents of all data have no floor.
+    of a group g of latents, which lie in the plate ``data``; one that all data share has no floor.
     Groups are the dimensions of z where prior and posterior both factorise and their KL has a
     closed form (with several latents, where the guide has the order of the model), and otherwise
     whole sites. Where data have scales of their own, the mean is weighted by these. Kingma et al.

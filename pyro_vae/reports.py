@@ -488,11 +488,12 @@ def _check_alike(first: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str
     """Two runs were evaluated alike, as `_values` says, and where they are partners on one set."""
     if first[1] == other[1]:
         return
-    pairs = zip(("another number of samples", "another unit"), first[1], other[1], strict=False)
     weights = f"weights that are {first[1][2]} and {other[1][2]}"
-    named = [what for what, one, another in pairs if one != another]
-    named += [weights] if first[1][2] != other[1][2] else []
-    what = [*named, "different data"][0]
+    kinds = ("another number of samples", "another unit", weights)
+    differ = [one != another for one, another in zip(first[1], other[1], strict=True)]
+    what = next(
+        (kind for kind, apart in zip(kinds, differ, strict=False) if apart), "different data"
+    )
     raise ValueError(
         f"these runs cannot be paired: '{first[0]}' and '{other[0]}' were evaluated with {what}; "
         f"evaluate them alike"

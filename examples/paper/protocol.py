@@ -297,7 +297,8 @@ def curve(make, method, splits, options, *, about, keep, points=POINTS, value=el
     place = options.device.type
     folder = options.out / "unfinished" / f"figure{about['figure']}-{place}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
-    before = checkpoints.newest(folder) or {"rows": [], "seconds": 0.0, "run": None, "tried": {}}
+    begun = {"rows": [], "seconds": 0.0, "run": None, "tried": {}}
+    before = {**begun, **(checkpoints.newest(folder) or {})}
     began = time.perf_counter() - before["seconds"]
     if options.step_size is not None:
         before["lr"] = options.step_size

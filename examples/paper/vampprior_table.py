@@ -40,10 +40,10 @@ def build(prior, x):
     )
 
 
-def run(prior, seed, splits, options):
-    """Train one of them, and return its row."""
-    pyro.set_rng_seed(seed)
-    vae = build(prior, splits.train.batch()[0].cpu()).to(options.device)
+def run(about, splits, options):
+    """Train the one that it is about, and return its row."""
+    pyro.set_rng_seed(about["seed"])
+    vae = build(about["method"], splits.train.batch()[0].cpu()).to(options.device)
     metrics = fit(
         vae,
         splits,
@@ -52,11 +52,10 @@ def run(prior, seed, splits, options):
         batch_size=protocol.BATCH,
         warmup=min(100 / options.epochs, 0.1),
         patience=PATIENCE,
-        seed=seed,
+        seed=about["seed"],
     )
-    about = {"figure": "VampPrior", "method": prior, "seed": seed, **protocol.asked(options)}
-    about |= {"budget": options.epochs, "passes": len(metrics)}
-    return {**about, **protocol.likelihood(vae, splits.test, options)}
+    spent = {"budget": options.epochs, "passes": len(metrics)}
+    return {**about, **spent, **protocol.likelihood(vae, splits.test, options)}
 
 
 def report(results, options):
@@ -89,11 +88,11 @@ def main():
     results = protocol.Results(options.out / "vampprior_table.json")
     wanted = itertools.product(options.seeds, PUBLISHED)
     for seed, prior in [] if options.report else wanted:
-        about = {"method": prior, "seed": seed, **protocol.asked(options)}
+        about = {"figure": "VampPrior", "method": prior, "seed": seed, **protocol.asked(options)}
         if results.has(**about, budget=options.epochs):
             continue
         splits = protocol.load("static", options, validation=0.1)
-        results.add([run(prior, seed, splits, options)])
+        results.add([run(about, splits, options)])
     report(results, options)
 
 
