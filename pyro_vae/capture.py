@@ -24,9 +24,14 @@ import torch
 from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from torch import Tensor, fx
 from torch._decomp import get_decompositions
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
@@ -45,6 +50,14 @@ _READS = (
 )
 # Likewise, and not refused by torch itself where the tensor is computed in the graph.
 _UNREFUSED = (Tensor.__index__, Tensor.is_nonzero, torch.is_nonzero)
+_READING = (_aten._local_scalar_dense.default, _aten.equal.default)
+_HELD = "the value of a tensor that it holds is no part of a graph"
+# What sets the random state, as checkpoints of activations and seeded handlers do.
+_SEEDING = [
+    (place, name)
+    for place in (torch, torch.random)
+    for name in ("manual_seed", "seed", "set_rng_state")
+]
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 
 
@@ -184,13 +197,13 @@ def capture(
 
     def traced(*given: Tensor) -> tuple[Tensor | None, ...]:
         recording = _Recording()
-        with recording:
+        with recording, _Refusing():
             loss = function(*given)
         return torch.as_tensor(loss).detach(), *recording.gradients(parameters)
 
     trace = make_fx(traced, tracing_mode="fake", _allow_non_fake_inputs=True)
     try:
-        with validation(False), _marking():
+        with validation(False), _marking(), _unknown(), _unseeded():
             module: fx.GraphModule = trace(*inputs)
     except Exception as error:  # whatever tracer or program meets; eagerly the program runs
         raise NotCapturableError(_located(error)) from error
@@ -221,9 +234,10 @@ class _Recording(TorchFunctionMode):
             return tree_map_only(Tensor, lambda each: _marked(each, origins), result)
         held = function in _READS and not isinstance(args[0], FakeTensor)
         if (held or function in _UNREFUSED) and not _warns(sys._getframe(1)):
-            raise NotImplementedError("the value of a tensor that it holds is no part of a graph")
+            raise NotImplementedError(_HELD)
         if function is Tensor.item and args[0].is_floating_point():
-            return args[0].detach().double()  # as a Python number would be
+            value = args[0].detach()  # what Pyro adds up is a Python number, in double precision
+            return value.double() if _by_pyro(sys._getframe(1)) else value
         if function is Tensor.backward:
             self.roots.append((args[0], [*args[1:2], kwargs.get("gradient")][0]))
             return None
@@ -236,14 +250,18 @@ class _Recording(TorchFunctionMode):
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of everything that was differentiated, added up as autograd would."""
         total: list[Tensor | None] = [None] * len(parameters)
-        for root, gradient in self.roots if parameters else ():
+        trained = [index for index, each in enumerate(parameters) if each.requires_grad]
+        for root, gradient in self.roots if trained else ():
             slopes = torch.autograd.grad(
-                root, parameters, gradient, retain_graph=True, allow_unused=True
+                root,
+                [parameters[index] for index in trained],
+                gradient,
+                retain_graph=True,
+                allow_unused=True,
             )
-            total = [
-                old if new is None else new if old is None else old + new
-                for old, new in zip(total, slopes, strict=True)
-            ]
+            for index, new in zip(trained, slopes, strict=True):
+                old = total[index]
+                total[index] = old if new is None else new if old is None else old + new
         # Fused optimisers read a gradient in the order in which its parameter lies in memory, and
         # clipping writes to it: one gradient of two parameters is two tensors.
         own = set[int]()
@@ -255,6 +273,47 @@ class _Recording(TorchFunctionMode):
                 found.append(torch.empty_like(each).copy_(slope))
             own.add(id(slope))
         return found
+
+
+class _Refusing(TorchDispatchMode):
+    """Refuses to read the value of a tensor that the programs hold, however they do."""
+
+    @override
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        real = (isinstance(x, Tensor) and not isinstance(x, FakeTensor) for x in args)
+        if operation in _READING and any(real):
+            raise NotImplementedError(_HELD)
+        return operation(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _unknown() -> Iterator[None]:
+    """Let nothing that is computed from tensors that the programs hold have a known value."""
+    before = FakeTensorMode.may_turn_const
+    FakeTensorMode.may_turn_const = lambda self, t: False  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FakeTensorMode.may_turn_const = before  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _unseeded() -> Iterator[None]:
+    """Refuse that the random state is set, which a graph would not repeat."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("setting the random state is no part of a graph")
+
+    before = [getattr(place, name) for place, name in _SEEDING]
+    try:
+        for place, name in _SEEDING:
+            setattr(place, name, refuse)
+        yield
+    finally:
+        for (place, name), function in zip(_SEEDING, before, strict=True):
+            setattr(place, name, function)
 
 
 def _marked(value: Tensor, origins: frozenset[str]) -> Any:
@@ -284,6 +343,13 @@ def _warns(frame: Any) -> bool:
         frame = frame.f_back
     inside = frame.f_code.co_filename == pyro.util.__file__
     return inside and frame.f_code.co_name.startswith(("warn_if_", "torch_is"))
+
+
+def _by_pyro(frame: Any) -> bool:
+    """Whether Pyro or an objective of this package's reads a number."""
+    while frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("pyro", "pyro_vae")
 
 
 def _place(module: fx.GraphModule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Share", "fused", "optimizer_of", "stepper", "update"]
 
+import copy
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,27 @@ def stepper(optim: Any, parameters: Sequence[Tensor]) -> Optimizer | None:
     return optimizer_of(optim, parameters)
 
 
+def later(optim: Any, optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Groups of parameters that an optimiser has not had yet, with the state that waits for them.
+
+    Args:
+        optim: Where it comes from: `PyroOptim.set_state` keeps what it is given by name.
+        optimizer: The optimiser, whose state is filled.
+        parameters: The new ones.
+    """
+    waiting = optim._state_waiting_to_be_consumed if isinstance(optim, PyroOptim) else {}
+    plain, groups = list[Tensor](), list[dict[str, Any]]()
+    for each in parameters:
+        saved = waiting.pop(pyro.get_param_store().param_name(each), None)
+        if saved is None:
+            plain.append(each)
+            continue
+        (options,) = saved["param_groups"]
+        groups.append({**options, "params": [each]})
+        optimizer.state[each] = copy.deepcopy(saved["state"].get(0, {}))
+    return [*groups, *([{"params": plain}] if plain else [])]
+
+
 def optimizer_of(make: Callable[..., Optimizer], parameters: Iterable[Tensor]) -> Optimizer:
     """Make a torch optimiser, fused where it can be.
 
@@ -54,7 +76,13 @@ def optimizer_of(make: Callable[..., Optimizer], parameters: Iterable[Tensor]) -
 def fused(make: Any, options: Mapping[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:
     """Return options of a torch optimiser, fused where it can be and they do not say how."""
     said = any(options.get(way) for way in ("foreach", "capturable", "differentiable"))
-    plain = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    said = said or bool(options.get("momentum") and options.get("dampening"))  # see `_begin`
+    plain = all(
+        p.is_floating_point()
+        and p.device.type in ("cpu", "cuda")
+        and (p.grad is None or p.grad.layout is torch.strided)
+        for p in parameters
+    )
     if make in _FUSED and plain and not said and options.get("fused") is None:
         return {**options, "fused": True}
     return dict(options)
@@ -70,12 +98,27 @@ def update(optimizer: Optimizer) -> None:
     if plan is None or not plan.holds(optimizer):
         plan = _planned(optimizer)
         if plan is None:
+            _begin(optimizer)
             optimizer.step()
             return
         _PLANS[optimizer] = plan
     with torch.no_grad():
         for each in plan.groups:
             each.step()
+
+
+def _begin(optimizer: Optimizer) -> None:
+    """Let momentum begin from 0 where that of others has begun: fused SGD wants all, or none.
+
+    Without dampening the first step is the same.
+    """
+    for group in optimizer.param_groups:
+        if not (group.get("fused") and group.get("momentum")):
+            continue
+        followed = _followed(group["params"])
+        new = [each for each in followed if "momentum_buffer" not in optimizer.state[each]]
+        for each in new if len(new) < len(followed) else ():
+            optimizer.state[each]["momentum_buffer"] = torch.zeros_like(each)
 
 
 @dataclass(frozen=True)
@@ -198,10 +241,22 @@ def _hooks(optimizer: Optimizer) -> bool:
 
 
 class Share:
-    """What a fused optimiser has of one parameter, for `PyroOptim.get_state`."""
+    """What a fused optimiser has of one parameter, for others that use its `PyroOptim`."""
 
     def __init__(self, optimizer: Optimizer, parameter: Tensor) -> None:
         self.fused, self.parameter = optimizer, parameter
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The fused optimiser's group with this parameter, and others perhaps."""
+        groups = self.fused.param_groups
+        return [group for group in groups if any(p is self.parameter for p in group["params"])]
+
+    def step(self, *args: Any) -> Any:
+        """Step this parameter alone."""
+        alone = copy.copy(self.fused)  # which has the same state
+        alone.param_groups = [{**self.param_groups[0], "params": [self.parameter]}]
+        return alone.step(*args)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as that of an optimiser of this parameter alone."""
@@ -210,9 +265,7 @@ class Share:
                 "the state of pyro.optim goes by names in the param store, and this parameter is "
                 "not there: take svi.optimizer.state_dict()"
             )
-        groups = self.fused.param_groups
-        group = next(g for g in groups if any(p is self.parameter for p in g["params"]))
         return {
             "state": {0: self.fused.state[self.parameter]},
-            "param_groups": [{**group, "params": [0]}],
+            "param_groups": [{**self.param_groups[0], "params": [0]}],
         }

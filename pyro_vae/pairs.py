@@ -23,6 +23,7 @@ from pyro.infer.elbo import ELBO
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn.parameter import is_lazy
 
 from pyro_vae.hierarchy import HierarchicalVAE, check_layers
 from pyro_vae.likelihoods import Missing
@@ -339,7 +340,7 @@ def _worded(program: str, size: int) -> Iterator[None]:
 def undisturbed(pair: Any, batch: tuple[Tensor, ...]) -> Iterator[None]:
     """Leave random state and buffers (batch-norm statistics) as they were."""
     buffers = dict(pair.named_buffers()) if isinstance(pair, nn.Module) else {}
-    kept = {name: buffer.clone() for name, buffer in buffers.items()}
+    kept = {name: each.clone() for name, each in buffers.items() if not is_lazy(each)}
     parameters = pair.parameters() if isinstance(pair, nn.Module) else ()
     devices = {each.device for each in (*batch, *parameters) if each.device.type == "cuda"}
     try:
@@ -347,5 +348,5 @@ def undisturbed(pair: Any, batch: tuple[Tensor, ...]) -> Iterator[None]:
             yield
     finally:
         with torch.no_grad():
-            for name, buffer in buffers.items():
-                buffer.copy_(kept[name])
+            for name, value in kept.items():
+                buffers[name].copy_(value)

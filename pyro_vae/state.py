@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = [
     "FLOATS",
     "append_state",
+    "called",
+    "changed",
     "kind",
     "numbers",
     "reached",
@@ -12,12 +14,15 @@ __all__ = [
     "unassigned",
     "undrawn",
     "ungraded",
+    "unseen",
 ]
 
 import contextlib
 import inspect
 import random
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
 from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -25,16 +30,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from pyro_vae.capture import NotCapturableError
 
 FLOATS = (float, np.floating)  # inputs of a graph, as tensors are
+# Arguments of the same value are the same.
+_PLAIN = (bool, int, str, bytes, complex, range, np.generic, torch.device, torch.dtype, Enum)
 _TABLES = frozenset(vars(nn.Module()))  # in which a module has what is in it
 
 
-def reached(*programs: Any) -> Iterator[nn.Module | Tensor]:
-    """Modules and tensors of programs' owners, and in their closures and global variables."""
+def reached(*programs: Any) -> Iterator[Any]:
+    """Owners of programs, and modules and tensors in these, in closures and global variables."""
     seen, queue = set[int](), list(programs)
     while queue:
         each = queue.pop()
@@ -48,6 +57,8 @@ def reached(*programs: Any) -> Iterator[nn.Module | Tensor]:
         elif isinstance(each, MethodType):
             owner = each.__self__
             attributes = getattr(owner, "__dict__", {}).items()
+            if attributes and not isinstance(owner, (nn.Module, type)):
+                yield owner
             queue += [owner, each.__func__]
             queue += [value for name, value in attributes if name not in _TABLES]
         elif isinstance(each, FunctionType):
@@ -59,6 +70,7 @@ def reached(*programs: Any) -> Iterator[nn.Module | Tensor]:
             within = each.values() if isinstance(each, dict) else each
             queue += [one for one in within if isinstance(one, nn.Module)]
         elif _is_program(each):
+            yield each
             queue += [type(each).__call__, *vars(each).values()]
 
 
@@ -82,6 +94,34 @@ def _named(function: FunctionType, code: CodeType) -> Iterator[Any]:
             yield from _named(function, inner)
 
 
+@contextlib.contextmanager
+def called(known: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Collect modules that are called and not in `known`, whose buffers are put back.
+
+    What is made for one call, and is gone after it, is not among them.
+    """
+    within = {id(each) for module in known for each in module.modules()}
+    found, modules = list[weakref.ref[nn.Module]](), list[nn.Module]()
+    kept = list[tuple[Tensor, Tensor]]()
+
+    def note(module: nn.Module, _: Any) -> None:
+        if id(module) not in within:
+            within.update(map(id, module.modules()))
+            found.append(weakref.ref(module))
+            buffers = [each for each in module.buffers() if not is_lazy(each)]
+            kept.extend((each, each.clone()) for each in buffers)
+
+    hook = register_module_forward_pre_hook(note)
+    try:
+        yield modules
+    finally:
+        hook.remove()
+        with torch.no_grad():
+            for each, value in kept:
+                each.copy_(value)
+        modules += [module for each in found if (module := each()) is not None]
+
+
 def append_state(module: nn.Module, state: list[Any]) -> None:
     """Append what a graph depends on in a module: cheap, since it is asked before each step."""
     state += [module, module.training, *module._forward_hooks, *module._forward_pre_hooks]
@@ -99,11 +139,24 @@ def append_state(module: nn.Module, state: list[Any]) -> None:
 def kind(leaf: Any) -> Any:
     """What an argument must have in common with that of a graph."""
     if isinstance(leaf, Tensor):
-        return leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+        strides = leaf.stride() if leaf.layout is torch.strided else leaf.layout
+        return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
     if isinstance(leaf, FLOATS):
         return float
-    plain = leaf is None or isinstance(leaf, (bool, int, str, np.generic))
-    return type(leaf), leaf if plain else id(leaf)
+    if isinstance(leaf, slice):
+        return slice, leaf.start, leaf.stop, leaf.step
+    return type(leaf), leaf if leaf is None or isinstance(leaf, _PLAIN) else id(leaf)
+
+
+def unseen(leaves: Sequence[Any]) -> list[str]:
+    """The types of arguments with numbers in which a graph would not see another value."""
+    return [
+        type(leaf).__name__
+        for leaf in leaves
+        if not isinstance(leaf, (Tensor, nn.Module, type))
+        for within in (leaf, *getattr(leaf, "__dict__", {}).values())
+        if isinstance(within, np.ndarray) or (within is not leaf and _is_tensor(within))
+    ]
 
 
 def numbers(held: Sequence[Any]) -> dict[tuple[int, str], Any]:
@@ -116,6 +169,16 @@ def numbers(held: Sequence[Any]) -> dict[tuple[int, str], Any]:
     }
 
 
+def changed(held: Sequence[Any], before: dict[tuple[int, str], Any]) -> dict[tuple[int, str], Any]:
+    """The plain attributes of some objects that were otherwise before, as they were then."""
+    now = numbers(held)
+    return {
+        key: value
+        for key, value in before.items()
+        if now.get(key) is not value and now.get(key) != value
+    }
+
+
 @contextlib.contextmanager
 def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Put the values of tensors back."""
@@ -125,8 +188,15 @@ def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for each, value in zip(tensors, before, strict=True):
-                if not torch.equal(each, value):
+                if not _equal(each, value):
                     each.copy_(value)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, NaN included."""
+    if one.layout is not torch.strided:
+        return True  # which nothing changes in place
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 @contextlib.contextmanager
@@ -178,6 +248,6 @@ def _is_tensor(value: Any) -> bool:
 def _tables(held: Any) -> list[dict[str, Any]]:
     """Where an object keeps its attributes."""
     tables = [vars(held)]
-    if isinstance(held, nn.Module):
+    if isinstance(held, nn.Module) and not isinstance(held, torch.jit.ScriptModule):
         tables += [held._parameters, held._buffers]
     return tables

@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -23,16 +23,19 @@ from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_vae.capture import Graph, NotCapturableError, capture
-from pyro_vae.optimizers import Share, stepper, update
+from pyro_vae.optimizers import Share, later, stepper, update
 from pyro_vae.pairs import undisturbed
 from pyro_vae.scoring import validation
 from pyro_vae.state import (
     FLOATS,
     append_state,
+    called,
+    changed,
     kind,
     numbers,
     reached,
@@ -40,6 +43,7 @@ from pyro_vae.state import (
     unassigned,
     undrawn,
     ungraded,
+    unseen,
 )
 
 Program = Callable[..., Any]
@@ -60,8 +64,9 @@ class CompiledSVI:
     operations, gradients included, which later steps repeat without Pyro's handlers. The numbers
     are those of `pyro.infer.SVI`: captured, gradients are equal bit for bit on a CPU, and to
     rounding on a GPU or compiled, from the same random stream. In any mode the programs first run
-    once eagerly, with Pyro's validation on and random state and buffers put back, so that a wrong
-    program fails with Pyro's message before anything is changed.
+    once eagerly, with Pyro's validation on and random state, buffers and arguments put back, so
+    that a wrong program fails with Pyro's message before anything is changed. Initial values that
+    are drawn at random are drawn then, and the first step has the same random numbers again.
 
     A graph stands for one shape, type and device of every tensor, one value of every other
     argument but floats, which are inputs of the graph, and one state of the modules that the
@@ -75,9 +80,11 @@ class CompiledSVI:
     gradients in memory that the next call with such arguments writes to.
 
     What Python alone knows cannot be seen: numbers kept in attributes, lists and global
-    variables, and draws of Python's or NumPy's generators, stay in a graph as they were when it
-    was captured. After changing one call `recapture`. An attribute that changes with every run
-    is noticed, and its program runs eagerly.
+    variables, tensors that take another's place there, and draws of Python's or NumPy's
+    generators and of generators that a program makes, stay in a graph as they were when it was
+    captured. After changing one call `recapture`. An attribute that changes with every run is
+    noticed, and its program runs eagerly; so is another tensor in an attribute of a module or of
+    the objective.
 
     Args:
         model: The model, any callable with Pyro primitives.
@@ -141,10 +148,14 @@ class CompiledSVI:
         within = list(reached(model, guide))
         self._modules = [each for each in within if isinstance(each, nn.Module)]
         self._tensors = [each for each in within if isinstance(each, Tensor)]
+        self._owners = [each for each in within if not isinstance(each, (nn.Module, Tensor))]
+        self._kept: list[tuple[dict[str, Any], str]] = []  # where attributes are tensors
         self._runs: OrderedDict[Any, Run] = OrderedDict()
         self._parameters: dict[int, Tensor] = {}  # by identity, so that each counts once
         self._names: dict[int, str] = {}  # of those that can be watched
         self._stored: list[str] = []  # of those in the param store
+        self._sloped: set[int] = set()  # those that have had a gradient
+        self._missed = 0  # calls in a row for which there was no graph
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take a gradient step, and return the loss, a tensor without gradient.
@@ -184,6 +195,9 @@ class CompiledSVI:
         for key in self._replaced():
             parameter = self._parameters.pop(key)
             del self._names[key]
+            if isinstance(self.optim, PyroOptim):
+                self.optim.optim_objs.pop(parameter, None)
+                self.optim.grad_clip.pop(parameter, None)
             if self.optimizer is not None:
                 self.optimizer.state.pop(parameter, None)
                 for group in self.optimizer.param_groups:
@@ -193,7 +207,14 @@ class CompiledSVI:
         leaves, structure = _leaves(args, kwargs)
         key = method, structure, self._state(leaves)
         run = self._runs.get(key)
+        self._missed = 0 if run else self._missed + 1
         if run is None:
+            if self._missed == _GRAPHS and self.mode != "eager":
+                warnings.warn(
+                    f"each of the last {_GRAPHS} calls has captured a graph of its own, for other "
+                    f"arguments or attributes: mode='eager' is faster where none comes again",
+                    stacklevel=3,
+                )
             with undrawn():
                 run = self._prepared(method, leaves, structure)
             # Anew, since the first run of a program may make its parameters.
@@ -208,33 +229,38 @@ class CompiledSVI:
         """What a graph depends on and does not take as an input."""
         if self.mode == "eager":
             return None
-        state = [bool(_PYRO_STACK), torch.get_default_dtype(), *_precision(), *map(kind, leaves)]
+        state = [bool(_PYRO_STACK), torch.is_grad_enabled(), torch.get_default_dtype()]
+        state += [*_precision(), *map(kind, leaves)]
         for module in self._modules:
             append_state(module, state)
+        state += [id(table.get(name)) for table, name in self._kept]
         if self._stored:
             store = dict(pyro.get_param_store().named_parameters())
-            state += [id(store.get(name)) for name in self._stored]
+            found = [store.get(name) for name in self._stored]
+            state += [(id(each), each is not None and each.requires_grad) for each in found]
         return tuple(state)
 
     def _prepared(self, method: str, leaves: Sequence[Any], structure: Any) -> Run:
         """Run the programs once eagerly, and return how they run from then on."""
         self._check_devices(leaves)
-        for key in self._replaced():
+        for key in self._replaced() if method == "loss_and_grads" else ():
             raise ValueError(
                 f"the parameter '{self._names[key]}' was replaced, and the optimizer has the one "
                 f"before: call recapture() to go on with the new one, or make a new CompiledSVI"
             )
         parameters, changing = self._rehearse(method, leaves, structure)
-        captures = self.mode != "eager" and not _PYRO_STACK
+        self._watch(parameters)
+        dtype = _float(leaves, self._modules, parameters.values())
         if method != "loss_and_grads":
             parameters = {}
-        elif captures:
-            self._follow(parameters)
-        if captures:
+        if self.mode != "eager" and not _PYRO_STACK:
             try:
                 if changing:
-                    raise NotCapturableError(f"its {changing} with every run")
-                return self._captured(method, leaves, structure, list(parameters.values()))
+                    raise NotCapturableError(changing)
+                if method == "loss_and_grads":
+                    self._follow(parameters)
+                followed = list(parameters.values())
+                return self._captured(method, leaves, structure, followed, dtype)
             except NotCapturableError as error:
                 warnings.warn(
                     f"the program cannot be captured and runs eagerly: {error}", stacklevel=4
@@ -245,61 +271,101 @@ class CompiledSVI:
     def _rehearse(
         self, method: str, leaves: Sequence[Any], structure: Any
     ) -> tuple[dict[str, Tensor], str | None]:
-        """Run the objective once as Pyro would, and leave everything as it was.
+        """Run the objective as Pyro would, and leave everything as it was.
 
         Returns the parameters by name, and words for what a graph cannot have, where a run
-        changes an attribute, or assigns to the param store, as averages for baselines do.
+        changes an attribute, or assigns to the param store, as averages for baselines do. What
+        the first run sets up for good is not taken for this, since there is a second.
         """
-        args, kwargs = _arguments(leaves, structure)
         try:
             loss = copy.deepcopy(self.loss)
         except Exception:  # for whatever an objective of the user's own holds
             loss = self.loss
-        modules, held = nn.ModuleList(self._modules), self._held(loss)
-        before = numbers(held)
+        first: dict[tuple[int, str], Any] = {}
+        reasons = list[str]()
+        for _ in range(2):
+            held = self._held(loss)
+            before = numbers(held)
+            parameters, reasons = self._run_through(loss, method, leaves, structure)
+            different = changed(held, before)
+            first = different | first
+            if not different:
+                break
+            reasons.insert(0, f"its attribute '{next(iter(different))[1]}' changes with every run")
+        else:
+            for (index, name), value in first.items():
+                vars(held[index])[name] = value
+        if math.isinf(self.loss.max_plate_nesting):
+            self.loss.max_plate_nesting = loss.max_plate_nesting  # which the run has found out
+        return parameters, reasons[0] if reasons else None
+
+    def _run_through(
+        self, loss: ELBO, method: str, leaves: Sequence[Any], structure: Any
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """One run of the objective: its parameters, and what of it a graph cannot have."""
+        args, kwargs = _arguments(leaves, structure)
+        modules = nn.ModuleList(self._modules)
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
         traced = poutine.trace(param_only=True)
         checked = validation(True) if self.validate else contextlib.nullcontext()
         stored = dict(pyro.get_param_store().named_parameters())
         every = (*modules.parameters(), *stored.values(), *tensors)
         with (
-            undisturbed(modules, tensors), restored(self._loose(loss)), ungraded(every),
-            checked, traced,
+            undisturbed(modules, tensors), restored([*self._loose(loss), *tensors]),
+            ungraded(every), called(self._modules) as others, checked, traced,
         ):  # fmt: skip
             value = getattr(loss, method)(self.model, self.guide, *args, **kwargs)
+            parameters = _unique(traced.trace)
+            reasons = [
+                f"the gradient of '{name}' is sparse"
+                for name, each in parameters.items()
+                if each.grad is not None and each.grad.layout is not torch.strided
+            ]
         if isinstance(value, tuple):
             raise TypeError(f"the losses of {type(loss).__name__} are several: use pyro.infer.SVI")
-        parameters = _unique(traced.trace)
+        self._modules += others
         if method == "loss_and_grads":  # whose gradients come in place of earlier ones
             for parameter in parameters.values():
                 parameter.grad = None
-        after = numbers(held)
-        if math.isinf(self.loss.max_plate_nesting):
-            self.loss.max_plate_nesting = loss.max_plate_nesting  # which the run has found out
-        changed = [
-            f"attribute '{key[1]}' changes" for key in before if after.get(key) != before[key]
-        ]
+        reasons += [f"an argument of type {each} is no tensor" for each in unseen(leaves)]
         for name in _put_back(traced.trace, stored):
             parameters.pop(name, None)
-            changed.append(f"parameter '{name}' is assigned")
-        return parameters, changed[0] if changed else None
+            reasons.append(f"its parameter '{name}' is assigned with every run")
+        return parameters, reasons
+
+    def _watch(self, parameters: Mapping[str, Tensor]) -> None:
+        """Look from now on before each step at what the programs were seen to use."""
+        store = dict(pyro.get_param_store().named_parameters())
+        found = [name for name, each in parameters.items() if store.get(name) is each]
+        self._stored += [name for name in found if name not in self._stored]
+        self._kept = [
+            (vars(each), name)
+            for each in self._held(self.loss)
+            for name, value in vars(each).items()
+            if isinstance(value, Tensor)
+        ]
 
     def _held(self, loss: ELBO) -> list[Any]:
         """The objects whose attributes may be state that a graph cannot have."""
         modules = nn.ModuleList(self._modules).modules()
-        return [*_elbos(loss), *modules]
+        return [*_elbos(loss), *self._owners, *modules]
 
     def _loose(self, loss: ELBO) -> list[Tensor]:
         """Tensors within reach that a run may change in place."""
         values = [
             *self._tensors,
-            *(buffer for module in self._modules for buffer in module.buffers()),
+            *(b for module in self._modules for b in module.buffers() if not is_lazy(b)),
             *(value for each in _elbos(loss) for value in vars(each).values()),
         ]
         return [each for each in values if isinstance(each, Tensor) and not each.requires_grad]
 
     def _captured(
-        self, method: str, leaves: Sequence[Any], structure: Any, parameters: Sequence[Tensor]
+        self,
+        method: str,
+        leaves: Sequence[Any],
+        structure: Any,
+        parameters: Sequence[Tensor],
+        dtype: torch.dtype,
     ) -> Run:
         tensors = [isinstance(leaf, (Tensor, *FLOATS)) for leaf in leaves]
 
@@ -315,12 +381,13 @@ class CompiledSVI:
         device = self._gpu(leaves)
         inputs = [
             each if isinstance(each, nn.Parameter) else each.detach()
-            for each in _inputs(leaves, device)
+            for each in _inputs(leaves, device, dtype)
         ]
         loose = self._loose(self.loss)
         # Some random operations have no rule for their shape, and are done to find it out.
         forked = torch.random.fork_rng(devices=_gpus(inputs, parameters))
-        with forked, restored(loose), unassigned(self._held(self.loss)):
+        held = self._held(self.loss)
+        with forked, restored(loose), unassigned(held), _unmade():
             graph = capture(objective, inputs, parameters)
         if not graph.changed <= {id(each) for each in loose}:
             raise NotCapturableError("it changes a tensor in place that is kept out of sight")
@@ -329,29 +396,46 @@ class CompiledSVI:
 
         def run(leaves: Sequence[Any], known: Sequence[Any] = known) -> Tensor:
             # What is known by its identity stays alive, so that no other comes to have it.
-            loss, *gradients = function(*_inputs(leaves, device))
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            loss, *gradients = function(*_inputs(leaves, device, dtype))
+            if method == "loss_and_grads":
+                self._give(parameters, gradients)
             return cast("Tensor", loss)
 
         return run
 
+    def _give(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Leave gradients with the parameters, in place of all earlier ones.
+
+        As with `pyro.infer.SVI`, one that a run has and nothing depends on has a gradient of 0
+        from its first other one on: momentum goes on.
+        """
+        for each in self._parameters.values():
+            each.grad = None
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                self._sloped.add(id(parameter))
+            elif id(parameter) in self._sloped:
+                gradient = torch.zeros_like(parameter)
+            parameter.grad = gradient
+
     def _function(self, graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., Any]:
         still = [each for each in graph.held if id(each) in graph.changed]
-        with torch.random.fork_rng(devices=_gpus(inputs, graph.held)), restored(still):
-            if self.mode != "compiled":
-                return graph.interpreted(inputs)
+        changing = restored([*still, *(each.detach() for each in inputs)])
+        with torch.random.fork_rng(devices=_gpus(inputs, graph.held)), changing:
+            if self.mode == "compiled":
+                try:
+                    function = graph.compiled(inputs)
+                    function(*inputs)
+                    return function
+                except Exception as error:  # whatever a compiler may say
+                    said = "the program is captured and not compiled: torch's inductor says "
+                    warnings.warn(said + _line(error), stacklevel=6)
+                    self.mode = "captured"
             try:
-                function = graph.compiled(inputs)
+                function = graph.interpreted(inputs)
                 function(*inputs)
-            except Exception as error:  # whatever a compiler may say
-                reason = str(error).strip().partition("\n")[0]
-                warnings.warn(
-                    f"the program is captured and not compiled: torch's inductor says {reason}",
-                    stacklevel=6,
-                )
-                self.mode = "captured"
-                return graph.interpreted(inputs)
+            except RuntimeError as error:  # operations whose graph does not run, as of an LSTM
+                raise NotCapturableError(f"its graph does not run: {_line(error)}") from error
             return function
 
     def _eager(self, method: str, structure: Any, leaves: Sequence[Any]) -> Tensor:
@@ -365,6 +449,8 @@ class CompiledSVI:
             parameters = _unique(traced.trace)
             sloped = {name: p for name, p in parameters.items() if p.grad is not None}
             self._follow(sloped or parameters)
+            every = list(parameters.values())
+            self._give(every, [each.grad for each in every])
         return torch.as_tensor(loss, dtype=torch.float64).detach()
 
     def _follow(self, parameters: Mapping[str, Tensor]) -> None:
@@ -374,8 +460,6 @@ class CompiledSVI:
         new = {name: each for name, each in parameters.items() if id(each) not in self._parameters}
         if not new:
             return
-        store = dict(pyro.get_param_store().named_parameters())
-        self._stored += [name for name, each in new.items() if store.get(name) is each]
         present = self._present()
         self._names |= {id(each): name for name, each in new.items() if id(each) in present}
         self._parameters |= {id(each): each for each in new.values()}
@@ -385,8 +469,8 @@ class CompiledSVI:
             groups = self.optimizer.param_groups
             had = {id(each) for group in groups for each in group["params"]}
             late = [each for each in new.values() if id(each) not in had]
-            if late:
-                self.optimizer.add_param_group({"params": late})
+            for options in later(self.optim, self.optimizer, late):
+                self.optimizer.add_param_group(options)
         if self.optimizer is not None and isinstance(self.optim, PyroOptim):
             for each in new.values():
                 self.optim.optim_objs[each] = Share(self.optimizer, each)
@@ -463,7 +547,24 @@ def _arguments(leaves: Sequence[Any], structure: Any) -> Any:
     return (leaves, {}) if structure is None else pytree.tree_unflatten(leaves, structure)
 
 
-def _inputs(leaves: Sequence[Any], device: torch.device | None) -> list[Tensor]:
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().partition("\n")[0]
+
+
+def _float(
+    leaves: Sequence[Any], modules: Iterable[nn.Module], others: Iterable[Tensor]
+) -> torch.dtype:
+    """The type of the numbers among a graph's inputs, in which no single tensor is promoted."""
+    within = (each for module in modules for each in module.parameters())
+    tensors = (each for each in (*leaves, *others, *within) if isinstance(each, Tensor))
+    double = any(each.dtype == torch.float64 for each in tensors)
+    return torch.float64 if double else torch.get_default_dtype()
+
+
+def _inputs(
+    leaves: Sequence[Any], device: torch.device | None, dtype: torch.dtype
+) -> list[Tensor]:
     """The arguments that are inputs of a graph, as tensors: numbers on the GPU, if there is one.
 
     What has such a number is not waited for, as a copy would be.
@@ -471,7 +572,7 @@ def _inputs(leaves: Sequence[Any], device: torch.device | None) -> list[Tensor]:
     found = list[Tensor]()
     for leaf in leaves:
         if isinstance(leaf, FLOATS):
-            found.append(torch.full((), float(leaf), dtype=torch.float64, device=device))
+            found.append(torch.full((), float(leaf), dtype=dtype, device=device))
         elif isinstance(leaf, Tensor):
             moves = device is not None and leaf.device.type == "cpu" and not leaf.dim()
             if moves and not leaf.requires_grad:
@@ -484,6 +585,21 @@ def _inputs(leaves: Sequence[Any], device: torch.device | None) -> list[Tensor]:
 def _gpus(*tensors: Sequence[Tensor]) -> list[torch.device]:
     """The GPUs on which some tensors lie, whose random state is to be put back."""
     return list({each.device for group in tensors for each in group if each.device.type == "cuda"})
+
+
+@contextlib.contextmanager
+def _unmade() -> Iterator[None]:
+    """Undo and refuse that a capture makes parameters, which would be its fake tensors."""
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    finally:
+        new = [name for name in store.keys() if name not in before]  # noqa: SIM118
+        for name in new:
+            del store[name]
+    if new:
+        raise NotCapturableError(f"its parameter '{new[0]}' is not made by the first run")
 
 
 def _precision() -> tuple[Any, ...]:

@@ -427,6 +427,7 @@ def test_the_last_batch_of_an_epoch_is_captured_once():
     assert len(svi._runs) == 2
 
 
+@pytest.mark.filterwarnings("ignore:each of the last")
 def test_only_the_last_graphs_are_kept():
     pyro.clear_param_store()
     svi = CompiledSVI(weighted, nothing, STEP, Trace_ELBO(max_plate_nesting=1), mode="captured")
@@ -644,6 +645,7 @@ def test_an_argument_may_be_computed():
     assert math.isfinite(svi.evaluate_loss(X * weight))
 
 
+@pytest.mark.filterwarnings("ignore:the program cannot be captured")  # of an array
 @pytest.mark.parametrize("make", [np.float32, lambda value: np.array(value, dtype="float32")])
 def test_an_argument_of_any_kind_counts_anew_in_each_step(make):
     def model(x, scale):
