@@ -115,7 +115,8 @@ def _halves(pair: Pair, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         for site in prune_subsample_sites(trace).nodes.values():
             if site["type"] != "sample":
                 continue
-            half, value = (0, 1) if site["is_observed"] else (1, sign)
+            # What the guide observes, a factor, belongs to log q.
+            half, value = (0, 1) if trace is model and site["is_observed"] else (1, sign)
             frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
             if any(frame.name == "data" for frame in frames):
                 dim = next(frame.dim for frame in frames if frame.name == "data")

@@ -1,5 +1,7 @@
 """Evaluation against the closed form of a linear VAE."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -8,7 +10,7 @@ from linear import FALSE_ALARM, exact_halves, linear_vae
 from scipy import stats
 from torch import nn
 
-from pyro_vae.evaluation import bound
+from pyro_vae.evaluation import bound, log_likelihood
 
 
 def test_both_halves_are_exact_in_expectation_for_each_datum():
@@ -63,6 +65,30 @@ def test_a_latent_outside_the_plate_counts_once_for_all_data():
     total = draws.sum(1)  # log q(w) - log p(w), whose mean is the KL of two Gaussians, 1/8
     error = total.std() / len(total) ** 0.5
     assert (total.mean() - 0.125).abs() < stats.norm.isf(FALSE_ALARM / 2) * error
+
+
+class Factored(nn.Module):
+    """z ~ N(0, 1), x ~ N(z, 1), and the exact posterior with a factor of e^0.7 beside it."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            pyro.factor("volume", torch.full((len(x),), 0.7), has_rsample=True)
+
+
+def test_a_factor_of_the_guide_belongs_to_log_q():
+    x = torch.randn(5)
+    truth = dist.Normal(0.0, 2**0.5).log_prob(x).double() - 0.7
+    found = bound(Factored(), x)
+    assert torch.allclose(found.elbo, truth, atol=1e-5)
+    estimate = log_likelihood(Factored(), x, samples=20).log_likelihood
+    assert torch.allclose(estimate, truth, atol=1e-5)
+    assert (found.reconstruction <= -0.5 * math.log(2 * math.pi) + 1e-6).all()
 
 
 def test_summary_has_means_and_the_standard_error():
