@@ -24,6 +24,7 @@ from pyro_vae.scoring import (
     Rows,
     at_a_time,
     batches,
+    check_sites,
     validation,
     whole,
     worded,
@@ -84,7 +85,8 @@ def bound(
         ranks: Processes that have data of their own each; every one gets the bound of all.
 
     Raises:
-        ValueError: Fewer than one particle, no data, or data that the programs do not take.
+        ValueError: Fewer than one particle, no data, data that the programs do not take, or a
+            latent that only one of them has.
     """
     whole(particles=particles)
     if particles < 1:
@@ -109,10 +111,12 @@ def _halves(pair: Pair, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     with worded("model", batch):
         model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*batch)
         model.compute_log_prob()
+    guide, model = prune_subsample_sites(guide), prune_subsample_sites(model)
+    check_sites(model, guide)
     local = batch[0].new_zeros(2, len(batch[0]), dtype=torch.float64)
     total = local.new_zeros(2)
     for trace, sign in ((model, -1), (guide, 1)):
-        for site in prune_subsample_sites(trace).nodes.values():
+        for site in trace.nodes.values():
             if site["type"] != "sample":
                 continue
             # What the guide observes, a factor, belongs to log q.
@@ -258,9 +262,9 @@ def log_likelihood(
             the view `dequantised` brings it along, if it is stored as whole numbers up to 255.
 
     Raises:
-        ValueError: Fewer than one draw, no data, data that the programs do not take, a model
-            that observes nothing, a level that is not positive, or weights that are not a
-            number.
+        ValueError: Fewer than one draw, no data, data that the programs do not take, a latent
+            that only one of them has, a model that observes nothing, a level that is not
+            positive, or weights that are not a number.
 
     Warns:
         UserWarning: k-hat is too large for some data, with the fraction of them.

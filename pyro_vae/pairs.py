@@ -28,7 +28,7 @@ from torch.nn.parameter import is_lazy
 from pyro_vae.hierarchy import HierarchicalVAE, check_layers
 from pyro_vae.likelihoods import Missing
 from pyro_vae.objectives import BetaELBO
-from pyro_vae.scoring import Pair, validation
+from pyro_vae.scoring import Pair, check_sites, validation
 from pyro_vae.vae import VAE, check_parts
 
 
@@ -136,7 +136,7 @@ def _check_programs(pair: Pair, batch: tuple[Tensor, ...], size: int) -> None:
     with _worded("model", size):
         model = poutine.trace(poutine.replay(pair.model, trace=guide)).get_trace(*rows)
         model = prune_subsample_sites(model)
-    _check_sites(model, guide)
+    check_sites(model, guide)
     for name in model.stochastic_nodes:
         _check_latent(name, model.nodes[name]["fn"], guide.nodes[name]["fn"])
         _check_scale(name, model.nodes[name]["scale"], guide.nodes[name]["scale"])
@@ -160,17 +160,6 @@ def _check_sizes(likelihood: nn.Module, batch: tuple[Tensor, ...]) -> None:
             f"{len(wrong)} size factors of {type(likelihood).__name__} are not positive, "
             f"{wrong[0]:g} for one: remove such rows, since a count of mean 0 teaches nothing"
         )
-
-
-def _check_sites(model: poutine.Trace, guide: poutine.Trace) -> None:
-    latent, guided = set(model.stochastic_nodes), set(guide.stochastic_nodes)
-    guided -= {name for name in guided if guide.nodes[name]["infer"].get("is_auxiliary")}
-    if missing := sorted(latent - guided):
-        raise ValueError(f"the guide draws no site '{missing[0]}', which is latent in the model")
-    if extra := sorted(guided - latent):
-        raise ValueError(f"the guide draws a site '{extra[0]}' that is not latent in the model")
-    if not model.observation_nodes:
-        raise ValueError("the model observes no data: none of its sites has obs=x")
 
 
 def _check_latent(name: str, prior: Any, posterior: Any) -> None:

@@ -9,6 +9,7 @@ __all__ = [
     "Rows",
     "at_a_time",
     "batches",
+    "check_sites",
     "joined",
     "validation",
     "whole",
@@ -102,6 +103,22 @@ def at_a_time(batch: Batch) -> int:
     return max(_ELEMENTS // max(batch[0][0].numel(), 1), 1)
 
 
+def check_sites(modelled: Trace, guided: Trace) -> None:
+    """Refuse latents that only one of two programs has.
+
+    Raises:
+        ValueError: There are some, or the model observes nothing.
+    """
+    latent, drawn = set(modelled.stochastic_nodes), set(guided.stochastic_nodes)
+    drawn -= {name for name in drawn if guided.nodes[name]["infer"].get("is_auxiliary")}
+    if missing := sorted(latent - drawn):
+        raise ValueError(f"the guide draws no site '{missing[0]}', which is latent in the model")
+    if extra := sorted(drawn - latent):
+        raise ValueError(f"the guide draws a site '{extra[0]}' that is not latent in the model")
+    if not modelled.observation_nodes:
+        raise ValueError("the model observes no data: none of its sites has obs=x")
+
+
 class Programs:
     """A pair, made ready to draw and to score several latents for each datum.
 
@@ -124,7 +141,8 @@ class Programs:
             what is observed there.
 
     Raises:
-        ValueError: A program cannot run on the batch, or observes nothing of each datum.
+        ValueError: A program cannot run on the batch, draws a latent that the other has not, or
+            observes nothing of each datum.
     """
 
     def __init__(self, pair: Pair, batch: Batch) -> None:
@@ -150,6 +168,7 @@ class Programs:
             self.vectorized = self._vectorizes(rows) and self._vectorizes(rows, 2)
 
     def _check(self, modelled: Trace, guided: Trace) -> None:
+        check_sites(modelled, guided)
         frames = [f for site in _samples(modelled) for f in site["cond_indep_stack"]]
         self._rank = 1 + max([1, *(-frame.dim for frame in frames if frame.vectorized)])
         self.sites = {name: site for name, site in latents(modelled) if data_dim(site) is not None}
@@ -161,10 +180,6 @@ class Programs:
             raise ValueError(
                 "the model observes nothing of each datum: put the site with obs=x into a plate "
                 "named 'data'"
-            )
-        if missing := sorted(self.sites.keys() - guided.nodes.keys()):
-            raise ValueError(
-                f"the guide draws no site '{missing[0]}', which is latent in the model"
             )
         self.observed = next((site for site in seen if site["name"] == "x"), seen[0])
         self.alone = len(seen) == 1

@@ -544,6 +544,44 @@ def test_no_gradients_are_kept_and_summaries_are_numbers(pixels):
     assert isinstance(Estimate.joined([estimate, estimate]), Estimate)
 
 
+class Lonely(nn.Module):
+    """z ~ N(0, 1), x ~ N(z, 1) with its posterior, and a latent that one program lacks."""
+
+    def __init__(self, *, place, program):
+        super().__init__()
+        self.place, self.program = place, program
+
+    def other(self, place, program):
+        if (place, program) == (self.place, self.program):
+            pyro.sample("other", dist.Normal(0.0, 0.01))
+
+    def model(self, x):
+        self.other("outside", "model")
+        with pyro.plate("data", len(x), dim=-1):
+            self.other("inside", "model")
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        self.other("outside", "guide")
+        with pyro.plate("data", len(x), dim=-1):
+            self.other("inside", "guide")
+            pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)).to_event(1))
+
+
+@pytest.mark.parametrize("place", ["outside", "inside"])
+@pytest.mark.parametrize("estimate", [bound, log_likelihood, annealed_importance_sampling])
+def test_a_latent_that_only_one_program_has_is_refused_as_in_training(estimate, place):
+    x = torch.zeros(2, 1)
+    said = {
+        "model": "the guide draws no site 'other', which is latent in the model",
+        "guide": "the guide draws a site 'other' that is not latent in the model",
+    }
+    for program, words in said.items():
+        with pytest.raises(ValueError, match=words):
+            estimate(Lonely(place=place, program=program), x)
+
+
 class Unseen(nn.Module):
     def model(self, x):
         with pyro.plate("data", len(x), dim=-1):
