@@ -270,10 +270,24 @@ class _Point(NamedTuple):
     joint_slope: Tensor
 
     def score(self, t: float) -> Tensor:
-        return (1 - t) * self.start + t * self.joint
+        return _between(self.start, self.joint, t)
 
     def slope(self, t: float) -> Tensor:
-        return (1 - t) * self.start_slope + t * self.joint_slope
+        return _between(self.start_slope, self.joint_slope, t)
+
+
+def _between(start: Tensor, joint: Tensor, t: float) -> Tensor:
+    """``(1 - t) start + t joint``, where what counts nothing may be infinite or NaN."""
+    if t in (0, 1):
+        return joint if t else start
+    return (1 - t) * start + t * joint
+
+
+def _slope(score: Tensor, z: Tensor) -> Tensor:
+    """Gradient of log-densities, which is 0 where they do not depend on the latents."""
+    if not score.requires_grad:
+        return torch.zeros_like(z)
+    return torch.autograd.grad(score.sum(), z, retain_graph=True, materialize_grads=True)[0]
 
 
 class _Path:
@@ -291,9 +305,8 @@ class _Path:
             prior, observed = self.programs.log_parts(self.batch, z)
             start = prior if self.from_prior else self.programs.log_guide(self.batch, z)
             joint = prior + observed
-            first = torch.autograd.grad(start.sum(), z, retain_graph=True)[0]
-            last = torch.autograd.grad(joint.sum(), z)[0]
-        return _Point(z.detach(), start.detach(), joint.detach(), first, last)
+            slopes = _slope(start, z), _slope(joint, z)
+        return _Point(z.detach(), start.detach(), joint.detach(), *slopes)
 
     def begin(self, chains: int) -> _Point:
         with torch.no_grad():

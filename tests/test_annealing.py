@@ -122,6 +122,38 @@ def test_appendix_d_recovers_probabilistic_pca(latent, pixels):
     agrees(found, truth[:20])
 
 
+class Half(nn.Module):
+    """z ~ N(0, 1), x ~ N(z, 1), and a q with mass on a part of the real line only."""
+
+    def __init__(self, law):
+        super().__init__()
+        self.law = law
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", self.law.expand([len(x), 1]).to_event(1))
+
+
+@pytest.mark.parametrize("law", [dist.LogNormal(0.0, 1.0), dist.Uniform(-0.5, 0.5)])
+def test_appendix_d_goes_where_q_has_no_density(law):
+    x = torch.tensor([[-1.0], [0.5]])
+    truth = dist.Normal(0.0, 2**0.5).log_prob(x[:, 0])
+    agrees(hmc_likelihood(Half(law), x, samples=100, leapfrog=4), truth)
+
+
+def test_annealing_from_a_flat_q_finds_the_mass_where_it_is():
+    law, x = dist.Uniform(-0.5, 0.5), torch.tensor([[-1.0], [0.5]])
+    posterior = stats.norm(x[:, 0] / 2, 0.5**0.5)
+    inside = torch.as_tensor(posterior.cdf(0.5) - posterior.cdf(-0.5)).log()
+    found = annealed_importance_sampling(Half(law), x, distributions=20, leapfrog=4)
+    agrees(found, dist.Normal(0.0, 2**0.5).log_prob(x[:, 0]) + inside)
+
+
 class TwoModes(nn.Module):
     """x ~ N((z_1^2 + tilt z_1, z_2), 0.3^2), and q near the mode at z_1 > 0 alone."""
 
