@@ -392,13 +392,17 @@ def _log_mean(log_weights: Tensor, power: float, dim: int = 0) -> Tensor:
 
 
 def _without_one(log_weights: Tensor, power: float) -> Tensor:
-    """For each draw the bound with its weight replaced by the geometric mean of the others."""
+    """For each draw the bound with its weight replaced by the geometric mean of the others.
+
+    0 where that is not finite, since weights of others are 0.
+    """
     count = len(log_weights)
     if count == 1:
         return torch.zeros_like(log_weights)
-    others = (log_weights.sum(0) - log_weights) / (count - 1)
     own = torch.eye(count, dtype=torch.bool, device=log_weights.device)[..., None]
-    return _log_mean(torch.where(own, others[:, None], log_weights), power, dim=1)
+    others = log_weights.expand(count, -1, -1).masked_fill(own, 0.0).sum(1) / (count - 1)
+    bound = _log_mean(torch.where(own, others[:, None], log_weights), power, dim=1)
+    return bound.where(bound.isfinite(), 0.0)
 
 
 class Spread(Messenger):

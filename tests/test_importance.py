@@ -154,6 +154,46 @@ def test_the_enumeration_finds_a_baseline_that_knows_its_own_draw(monkeypatch):
     assert surprise(replicates(IWAE(3), pair, THREE.repeat(500))[:, 1:], truth) > 1
 
 
+class Switched(nn.Module):
+    """``z ~ Bernoulli(1/2), x ~ Poisson(2 z)``, so that x = 1 has no mass where z = 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit = nn.Parameter(torch.tensor(-0.2))
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Poisson(2 * z), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("z", dist.Bernoulli(logits=self.logit))
+
+
+@MODES
+def test_a_draw_of_weight_0_leaves_value_and_gradient_finite(vectorized):
+    pair, x, count = Switched(), torch.ones(20), 7
+    objective = IWAE(count, vectorize_particles=vectorized)
+    guide, draws = recorded(pair.guide)
+    pyro.set_rng_seed(3)
+    loss = objective.loss_and_grads(pair.model, guide, x)
+    z = draws[0] if vectorized else torch.stack(draws)
+    z = z.reshape(count, 20)
+    ones, rest = z.sum(0), z.sum(0) - z
+    assert ones.min() == 1  # which leaves its draw without a finite baseline
+    assert (ones == count - 1).any()
+    q = pair.logit.detach().sigmoid()
+    own = (0.5 * 2 * math.exp(-2) / q).log()  # log w where z = 1; else w is 0
+    bound = own + (ones / count).log()
+    # The geometric mean of the others is 0 where one of them is, and else their own weight.
+    baseline = own + torch.where(rest == count - 1, 1.0, rest / count).log()
+    gain = bound - torch.where(rest == 0, 0.0, baseline)
+    slope = ((gain - z / ones) * (z - q)).sum()
+    assert loss == pytest.approx(-float(bound.sum()), rel=1e-5)
+    assert float(pair.logit.grad) == pytest.approx(-float(slope), rel=1e-4)
+
+
 def test_the_enumerated_bounds_order_as_they_must():
     pair = Categories().double()
     with torch.no_grad():
