@@ -40,6 +40,8 @@ from pyro.util import check_model_guide_match
 from torch import Tensor, nn
 from typing_extensions import override
 
+_SMALL = 0.01  # powers of weights that are close to 1 in single precision
+
 Program = Callable[..., Any]
 Site = dict[str, Any]
 
@@ -387,6 +389,12 @@ def _log_mean(log_weights: Tensor, power: float, dim: int = 0) -> Tensor:
     """``1/p log 1/K sum_k w_k^p``, which at p = 0 is the mean of log w."""
     if power == 0:
         return log_weights.mean(dim)
+    if abs(power) < _SMALL:
+        # Beside log K the sum would lose its digits: powers are taken of ratios to one end.
+        end = (log_weights.amax if power > 0 else log_weights.amin)(dim, keepdim=True).detach()
+        end = end.clamp(min=torch.finfo(end.dtype).min)
+        ratios = (power * (log_weights - end)).expm1().mean(dim)
+        return end.squeeze(dim) + ratios.log1p() / power
     total = (power * log_weights).logsumexp(dim)
     return (total - math.log(log_weights.shape[dim])) / power
 

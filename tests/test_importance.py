@@ -309,6 +309,29 @@ def test_it_falls_with_the_order_and_is_continuous_at_1():
     assert values[0.0] - values[2.0] > 1
 
 
+@pytest.mark.parametrize("power", [0.1, 0.011, 0.009, 1e-4, 1e-6, 1e-8, 1e-12])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_order_near_1_keeps_its_digits_in_single_precision(power, sign):
+    log_w = (100 + 3 * torch.randn(50, 20)).requires_grad_()
+    exact = log_w.detach().double().requires_grad_()
+    found = importance._log_mean(log_w, sign * power)
+    # Below 1e-6 the slope, half of a variance of 9, is beyond the digits of 100.
+    truth = averaged(exact, 1 - sign * power) if power >= 1e-6 else exact.mean(0)
+    # Digits of numbers up to 128 end at 1e-5, and those of log 50 divided by 0.011 at 4e-5.
+    assert torch.allclose(found.double(), truth, rtol=0, atol=5e-5)
+    slope, expected = (
+        torch.autograd.grad(each.sum(), w)[0] for each, w in ((found, log_w), (truth, exact))
+    )
+    assert torch.allclose(slope.double(), expected, atol=1e-5)
+
+
+def test_weights_of_0_are_averaged_near_order_1_too():
+    log_w = torch.tensor([[0.0, -math.inf], [-math.inf, -math.inf]])
+    truth = averaged(log_w, 1 - 0.005)
+    assert torch.equal(importance._log_mean(log_w, 0.005), truth)
+    assert (importance._log_mean(log_w, -0.005) == -math.inf).all()
+
+
 @pytest.mark.parametrize("alpha", [-1.0, 0.0, 1.0, 2.0])
 def test_a_bound_says_whether_it_is_one(alpha):
     assert Renyi(alpha).is_bound == (alpha >= 0)
