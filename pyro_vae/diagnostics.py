@@ -28,7 +28,7 @@ from torch.distributions import Independent, kl_divergence
 from pyro_vae.distributions import GreyscaleBernoulli
 from pyro_vae.evaluation import bound, log_likelihood
 from pyro_vae.gaps import InferenceGap, inference_gap
-from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, joined, whole
+from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, joined, whole
 
 _ACTIVE = 0.01  # variance over the data of a unit's mean, above which it is in use
 _BINS = 20  # of ranks, in the test of calibration
@@ -259,7 +259,8 @@ def calibration(
     Args:
         pair: Module with methods ``model`` and ``guide``, latents being vectors.
         data: Data whose shape and context the simulated ones have; their x is not looked at.
-        simulations: Data to simulate, whose context repeats that of `data`.
+        simulations: Data to simulate, whose context repeats that of `data`, or is that of so many
+            rows evenly spread over them.
         draws: Draws of q for each.
         alpha: Probability that an exact posterior fails, over all ranks together.
 
@@ -283,11 +284,12 @@ def calibration(
             f"the test of calibration needs at least {5 * _BINS} simulations and {_BINS - 1} "
             f"draws, not {simulations} and {draws}"
         )
-    given = next(batches(data))
+    given = joined(data)
     programs = Programs(pair, given)
     latent = programs.need_vectors("calibration")
     _need_draws(programs, "calibration")
-    rows = torch.arange(simulations, device=given[0].device) % len(given[0])
+    step = max(len(given[0]) / simulations, 1.0)
+    rows = (torch.arange(simulations, device=given[0].device) * step).long() % len(given[0])
     batch, z = programs.simulate(tuple(tensor[rows] for tensor in given))
     ranks = []
     size = max(at_a_time(batch) // draws, 1)

@@ -330,6 +330,27 @@ def test_calibration_passes_for_the_exact_posterior_and_not_for_half_its_scale()
     assert (ends[:2] > 3 * 2 / 100).all()
 
 
+class Placed(nn.Module):
+    """z ~ N(c, 1), x ~ N(z, 1), and the posterior of c = 0 whatever c is."""
+
+    def model(self, x, c):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(c, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x, c):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)).to_event(1))
+
+
+@pytest.mark.parametrize("size", [50, 1000])
+def test_calibration_is_under_the_context_of_all_data(size):
+    x, right = torch.zeros(size, 1), torch.zeros(size, 1)
+    wrong = torch.full_like(right, 3.0)
+    assert calibration(Placed(), [(x, right), (x, right)]).passed
+    assert not calibration(Placed(), [(x, right), (x, wrong)]).passed
+
+
 def test_the_prior_as_posterior_passes_on_its_latents_and_fails_on_the_joint():
     pair = linear(scale=0.3)
     pair.gain, pair.tril = torch.zeros(2, 3), torch.eye(2)
