@@ -40,7 +40,7 @@ from pyro_vae.importance import (
 from pyro_vae.splits import Data, Split
 
 Batch = tuple[Tensor, ...]
-Rows = Split | Tensor | Batch | Iterable[Batch]
+Rows = Split | Tensor | Batch | Iterable[Batch | Tensor]
 
 _ROWS = 1000  # of a split that become floating-point numbers at a time
 _ELEMENTS = 2**21  # of x that are decoded at a time: 8 MiB, which a processor's cache holds
@@ -63,10 +63,10 @@ def batches(data: Rows) -> Iterator[Batch]:
     """Cut data into batches ``(x, *context)``.
 
     Args:
-        data: A split, a tensor ``(N, *shape)``, one batch, or batches.
+        data: A split, a tensor ``(N, *shape)``, one batch, or batches, which may be of x alone.
 
     Raises:
-        TypeError: Data of several splits, or something else.
+        TypeError: Data of several splits, or batches that are not of tensors.
         ValueError: There are no data, or a batch has more rows of one tensor than of another.
     """
     if isinstance(data, Data) or not isinstance(data, (Split, Iterable)):
@@ -79,7 +79,7 @@ def batches(data: Rows) -> Iterator[Batch]:
     single = isinstance(data, tuple) and data and isinstance(data[0], Tensor)
     parts = data.batches(_ROWS) if isinstance(data, Split) else [data] if single else data
     empty = True
-    for batch in cast("Iterable[Batch]", parts):
+    for batch in map(_tensors, cast("Iterable[object]", parts)):
         if wrong := [len(each) for each in batch[1:] if len(each) != len(batch[0])]:
             raise ValueError(
                 f"x has {len(batch[0])} rows and its context {wrong[0]}: give a row of context, "
@@ -90,6 +90,19 @@ def batches(data: Rows) -> Iterator[Batch]:
             yield batch
     if empty:
         raise ValueError("there are no data to evaluate")
+
+
+def _tensors(batch: object) -> Batch:
+    """A batch as the tuple of its tensors."""
+    parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    for each in parts or (batch,):
+        if not isinstance(each, Tensor) or not each.dim():
+            kind = "tensor of one number" if isinstance(each, Tensor) else type(each).__name__
+            raise TypeError(
+                f"a batch is a tensor or a tuple (x, *context) of tensors, with a row for each "
+                f"datum, and here is a {kind}"
+            )
+    return parts
 
 
 def joined(data: Rows) -> Batch:

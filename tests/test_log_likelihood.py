@@ -18,7 +18,7 @@ from pyro_vae.annealing import annealed_importance_sampling
 from pyro_vae.diagnostics import calibration, decompose, inference_gap
 from pyro_vae.distributions import Bernoulli
 from pyro_vae.evaluation import Estimate, _pareto_k, _tail, bound, log_likelihood, quadrature
-from pyro_vae.scoring import Programs
+from pyro_vae.scoring import Programs, batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:the importance weights")
 
@@ -417,6 +417,31 @@ def test_a_bound_takes_data_as_estimates_do(pixels):
         for given, kind in ((split, "Data"), (3, "int")):
             with pytest.raises(TypeError, match=rf"one split, such as data.test, .* not a {kind}"):
                 estimate(pair, given)
+
+
+def test_batches_may_be_of_x_alone(pixels):
+    pair, truth = pca_pair(pixels, 3, inflation=1.0)
+    x = pixels[:6]
+    for size in (1, 4):
+        loader = torch.utils.data.DataLoader(x, batch_size=size)
+        assert torch.allclose(log_likelihood(pair, loader, samples=2).log_likelihood, truth[:6])
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        (torch.tensor(1.0), "tensor of one number"),
+        ((torch.ones(4, 2), torch.tensor(1.0)), "tensor of one number"),
+        ((torch.ones(4, 2), None), "NoneType"),
+        (torch.ones(4, 2).numpy(), "ndarray"),
+        ([torch.ones(4, 2), {"x": torch.ones(4, 2)}], "dict"),
+        ({"x": torch.ones(4, 2)}, "str"),
+        ([()], "tuple"),
+    ],
+)
+def test_batches_that_are_no_tensors_get_a_sentence(given, kind):
+    with pytest.raises(TypeError, match=rf"a batch is a tensor or .* and here is a {kind}"):
+        list(batches(given))
 
 
 def test_bits_are_for_discrete_data_only():
