@@ -180,7 +180,8 @@ def bidirectional(
         from_prior: Start from p(z) in place of q(z|x).
 
     Raises:
-        ValueError: As for `annealed_importance_sampling`.
+        ValueError: As for `annealed_importance_sampling`, or a model that observes more of each
+            datum than x.
 
     Example:
         >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
@@ -196,6 +197,7 @@ def bidirectional(
     times = _schedule(distributions)
     lower, upper = [], []
     for given in _paths(pair, data, chains, from_prior, "bidirectional Monte Carlo"):
+        given.programs.need_alone("bidirectional Monte Carlo")
         x, z = given.programs.simulate(given.batch)
         path = _Path(given.programs, x, from_prior)
         steps = path.tuned(times, leapfrog)

@@ -265,8 +265,8 @@ def calibration(
         alpha: Probability that an exact posterior fails, over all ranks together.
 
     Raises:
-        ValueError: A likelihood that draws no data of the kind it scores, or too few
-            simulations or draws for the test.
+        ValueError: A likelihood that draws no data of the kind it scores, a model that observes
+            more of each datum than x, or too few simulations or draws for the test.
 
     Example:
         >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
@@ -287,6 +287,7 @@ def calibration(
     given = joined(data)
     programs = Programs(pair, given)
     latent = programs.need_vectors("calibration")
+    programs.need_alone("calibration")
     _need_draws(programs, "calibration")
     step = max(len(given[0]) / simulations, 1.0)
     rows = (torch.arange(simulations, device=given[0].device) * step).long() % len(given[0])
@@ -319,8 +320,8 @@ def predictive_check(
         pair: Module with methods ``model`` and ``guide``.
         data: A split, a tensor ``(N, *shape)``, a batch ``(x, *context)``, or batches.
         statistics: By name, functions from data ``(N, *shape)`` to a number.
-        simulations: Data sets to draw, each with as many data under the same context, and with
-            holes (NaN) where the data have them.
+        simulations: Data sets to draw, each with as many data under the same context, what else
+            is observed among it, and with holes (NaN) where the data have them.
 
     Raises:
         ValueError: No simulations, no data, or a likelihood that draws no data of the kind it

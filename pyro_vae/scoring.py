@@ -25,9 +25,11 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+from typing_extensions import override
 
 from pyro_vae.importance import (
     Spread,
@@ -195,7 +197,8 @@ class Programs:
                 "named 'data'"
             )
         self.observed = next((site for site in seen if site["name"] == "x"), seen[0])
-        self.alone = len(seen) == 1
+        self._beside = [site["name"] for site in seen if site is not self.observed]
+        self.alone = not self._beside
         drawn = [name for name, _ in latents(guided) if name in self.sites]
         self.ordered = drawn == list(self.sites)
 
@@ -259,8 +262,11 @@ class Programs:
         return self._at(self.pair.guide, batch, z).sum(0)
 
     def simulate(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """Data of the model with the context of a batch, and their latents ``(1, N, latent)``."""
-        program = poutine.uncondition(self.pair.model)
+        """Data of the model with the context of a batch, and their latents ``(1, N, latent)``.
+
+        What else is observed keeps its value.
+        """
+        program = _Freed(self.observed["name"])(self.pair.model)
         with torch.no_grad():
             trace = self._trace(program, batch, 1)
         x = trace.nodes[self.observed["name"]]["value"]
@@ -274,7 +280,7 @@ class Programs:
 
     def predict(self, batch: Batch, z: Tensor) -> Tensor:
         """Draws ``x ~ p(x|z)``, ``(N, *shape)``, at latents ``(1, N, latent)``."""
-        program = poutine.uncondition(self.pair.model)
+        program = _Freed(self.observed["name"])(self.pair.model)
         trace = self._trace(program, batch, 1, self._given(z))
         x: Tensor = trace.nodes[self.observed["name"]]["value"]
         return x
@@ -294,6 +300,18 @@ class Programs:
             values[name] = value.reshape(*z.shape[:-1], *shape).to(site["value"].dtype)
             start += shape.numel()
         return values
+
+    def need_alone(self, what: str) -> None:
+        """Refuse a model that observes more of each datum than x.
+
+        Raises:
+            ValueError: It does, so that x alone is no draw of what is observed.
+        """
+        if not self.alone:
+            raise ValueError(
+                f"{what} needs a model that observes x alone of each datum, and this one observes "
+                f"'{self._beside[0]}' too: make that context"
+            )
 
     def need_vectors(self, what: str) -> int:
         """Return the number of latents of each datum.
@@ -381,6 +399,19 @@ class Programs:
                 half = int(site["is_observed"])
                 halves[half] = halves[half] + each_datum(unscaled(site), self._rank, count)
         return torch.stack(halves)
+
+
+class _Freed(UnconditionMessenger):
+    """Has an observed site drawn, and leaves the others observed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    @override
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == self.name:
+            super()._pyro_sample(msg)
 
 
 def _samples(trace: Trace) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from test_log_likelihood import double as double
 from torch import nn
 
 from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
-from pyro_vae.annealing import annealed_importance_sampling
+from pyro_vae.annealing import annealed_importance_sampling, bidirectional
 from pyro_vae.diagnostics import (
     Calibration,
     calibration,
@@ -28,6 +28,7 @@ from pyro_vae.diagnostics import (
 from pyro_vae.evaluation import log_likelihood, quadrature
 from pyro_vae.gaps import _better
 from pyro_vae.objectives import WakeSleep
+from pyro_vae.scoring import Programs
 
 pytestmark = pytest.mark.filterwarnings("ignore:the importance weights")
 
@@ -400,6 +401,40 @@ def test_a_predictive_check_of_incomplete_data_has_their_holes():
     assert check.p_values["seen"] == 1
     assert check.p_values["mean"] > 0.01
     assert math.isnan(check.p_values["max"])
+
+
+class Labelled(nn.Module):
+    """y ~ Bernoulli(1/2), z ~ N(0, 1), x ~ N(z + 10 y, 1), y and x observed, q the posterior."""
+
+    def model(self, x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            y = pyro.sample("y", dist.Bernoulli(torch.full((1,), 0.5)).to_event(1), obs=y)
+            pyro.sample("x", dist.Normal(z + 10 * y, 1.0).to_event(1), obs=x)
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(x), dim=-1):
+            law = dist.Normal((x - 10 * y) / 2, math.sqrt(0.5))
+            pyro.sample("z", law.to_event(1))
+
+
+def test_data_are_predicted_under_the_labels_that_are_observed():
+    y = torch.arange(300).remainder(3)[:, None].clamp(max=1).double()
+    x = 10 * y + math.sqrt(2) * torch.randn_like(y)
+    check = predictive_check(Labelled(), (x, y), {"mean": torch.mean})
+    # A hundred means of 300 data with variance 2: five standard errors.
+    assert float(check.replicated["mean"].mean()) == pytest.approx(20 / 3, abs=0.041)
+    programs = Programs(Labelled(), (x, y))
+    predicted = programs.predict((x, y), (x - 10 * y)[None] / 2)
+    apart = predicted - (x - 10 * y) / 2 - 10 * y
+    assert stats.kstest(apart[:, 0].numpy(), "norm").pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("call", [calibration, bidirectional])
+def test_what_is_observed_beside_x_is_not_simulated(call):
+    x = torch.zeros(5, 1)
+    with pytest.raises(ValueError, match=r"observes x alone of each datum, .* observes 'y' too"):
+        call(Labelled(), (x, x))
 
 
 @pytest.mark.filterwarnings("default")
