@@ -40,23 +40,26 @@ class Decomposition:
     """The bound of a data set in its parts, means over the data in nats.
 
     Hoffman & Johnson (2016), ELBO Surgery: ``kl = mutual_information + marginal_kl``, with q(z)
-    the mixture of q(z|x) over the N given data. Chen et al. (2018), Isolating Sources of
-    Disentanglement in Variational Autoencoders: ``marginal_kl = total_correlation +
-    sum(marginal_dimension_kl)``.
+    the mixture of q(z|x) over the N given data, where p(z) is the same for all of them. Chen et
+    al. (2018), Isolating Sources of Disentanglement in Variational Autoencoders: ``marginal_kl =
+    total_correlation + sum(marginal_dimension_kl)``.
 
     Attributes:
         reconstruction: ``log p(x|z)``.
         kl: ``KL(q(z|x) || p(z))``.
         mutual_information: Of x and z under q, which is at most log N.
         without_itself: The same with each datum left out of its own mixture, from above.
-        marginal_kl: ``KL(q(z) || p(z))``.
+        marginal_kl: ``KL(q(z) || p(z))``; NaN for a conditional prior.
         log_count: log N.
         dimension_kl: ``KL(q(z_i|x) || p(z_i))`` of each dimension, ``(latent,)``, where both
             factorise and it is known in closed form, later sites given the earlier; else None.
         unit_variance: Variance over the data of the mean of each unit, ``(latent,)``.
         total_correlation: ``KL(q(z) || prod_i q(z_i))``, where there is one site, and q(z|x)
             and the prior factorise; else None.
-        marginal_dimension_kl: ``KL(q(z_i) || p(z_i))`` of each dimension, ``(latent,)``, likewise.
+        marginal_dimension_kl: ``KL(q(z_i) || p(z_i))`` of each dimension, ``(latent,)``,
+            likewise; None for a conditional prior.
+        conditional: Whether the prior differs between data, as under context. The mutual
+            information then counts what the context tells of z, which the prior has too.
     """
 
     reconstruction: float
@@ -69,6 +72,7 @@ class Decomposition:
     unit_variance: Tensor
     total_correlation: float | None = None
     marginal_dimension_kl: Tensor | None = None
+    conditional: bool = False
 
     @property
     def rate(self) -> float:
@@ -94,6 +98,12 @@ class Decomposition:
     def verdict(self) -> str:
         """What that says of posterior collapse, in words."""
         units = f"{self.active} of {len(self.unit_variance)} units are active"
+        if self.conditional:
+            return (
+                f"no verdict: {units}, but the prior differs between data, so that they and the "
+                f"mutual information count what it has of the context: look at the KL, "
+                f"{self.kl:.2f} nats"
+            )
         if self.saturated:
             return (
                 f"no verdict: {units}, but the mutual information is within 1 nat of log N = "
@@ -222,6 +232,8 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
     z = programs.draw(chosen, 1)
     own = programs.log_guide(chosen, z)[0]
     prior = programs.log_parts(chosen, z)[0][0]
+    others_prior = programs.log_parts(tuple(tensor.roll(1, 0) for tensor in chosen), z)[0][0]
+    conditional = not torch.allclose(prior, others_prior, 1e-4, 1e-4, True)
     few = _rows(batch, max(_ELEMENTS // (len(rows) * latent), 1))  # data facing all draws
     scores = torch.cat([programs.log_guide(part, _facing(z, part)) for part in few], 1)
     mixture = scores.logsumexp(1) - math.log(scores.shape[1])
@@ -238,12 +250,13 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
         float(halves.kl.mean()),
         float((own - mixture).mean()),
         float((own - others).mean()),
-        float((mixture - prior).mean()),
+        math.nan if conditional else float((mixture - prior).mean()),
         math.log(len(batch[0])),
         dimension,
         variance,
         None if each is None else float((mixture - each[0].sum(-1)).mean()),
-        None if each is None else (each[0] - each[1]).mean(0),
+        None if each is None or conditional else (each[0] - each[1]).mean(0),
+        conditional,
     )
 
 

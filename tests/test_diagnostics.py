@@ -86,6 +86,31 @@ def test_total_correlation_is_that_of_gaussians():
     assert "total_correlation" not in other.summary()
 
 
+@pytest.mark.parametrize("count", [2, 10])
+def test_a_posterior_that_is_a_conditional_prior_is_not_called_sound(count):
+    class Told(nn.Module):
+        """z ~ N(c, 1), which x ~ N(0, 1) does not depend on, and q is the prior."""
+
+        def model(self, x, c):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(c, 1.0).to_event(1))
+                pyro.sample("x", dist.Normal(0 * x, 1.0).to_event(1), obs=x)
+
+        def guide(self, x, c):
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(c, 1.0).to_event(1))
+
+    x = torch.randn(500, 1)
+    parts = decompose(Told(), (x, 3 * torch.arange(500).remainder(count)[:, None].to(x)))
+    assert parts.kl == 0
+    assert math.isnan(parts.marginal_kl)
+    assert parts.marginal_dimension_kl is None
+    assert parts.verdict.startswith("no verdict: 1 of 1 units are active, but the prior differs")
+    alike = decompose(Told(), (x, torch.ones_like(x)))
+    assert alike.marginal_kl == pytest.approx(0, abs=1e-6)
+    assert alike.verdict.startswith("posterior collapse: 0 of 1 units")
+
+
 def test_information_saturates_at_log_n_and_the_verdict_is_withheld():
     pair = linear(scale=0.01)
     parts = decompose(pair, drawn(pair, 100))
