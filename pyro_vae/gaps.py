@@ -12,11 +12,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import (
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+)
 
 from pyro_vae.evaluation import log_likelihood
 from pyro_vae.scoring import Batch, Pair, Programs, Rows, joined, validation, whole
 
+_FULL = MultivariateNormal, LowRankMultivariateNormal
 _TRIES = 20  # draws of the prior, of which a component begins at the likeliest
 
 
@@ -29,6 +35,7 @@ class InferenceGap(NamedTuple):
         optimized: The bound under a diagonal Gaussian that was fitted to the datum alone.
         richer: Likewise under a Gaussian with full covariance, or a mixture of such.
         components: Number of components of that mixture.
+        diagonal: Whether q(z|x) is a diagonal Gaussian itself.
     """
 
     log_likelihood: Tensor
@@ -36,15 +43,19 @@ class InferenceGap(NamedTuple):
     optimized: Tensor
     richer: Tensor
     components: int = 1
+    diagonal: bool = True
 
     @property
     def amortization(self) -> float:
-        """Mean of what is lost because one network serves all data."""
-        return float((self.optimized - self.amortized).mean())
+        """Mean of what is lost because one network serves all data.
+
+        NaN where q(z|x) is no diagonal Gaussian, whose own family was not fitted.
+        """
+        return float((self.optimized - self.amortized).mean()) if self.diagonal else math.nan
 
     @property
     def family(self) -> float:
-        """Mean of what is lost because the posterior is no diagonal Gaussian."""
+        """Mean of what a diagonal Gaussian loses because the posterior is none."""
         return float((self.log_likelihood - self.optimized).mean())
 
     @property
@@ -58,6 +69,13 @@ class InferenceGap(NamedTuple):
         richer = "a full covariance"
         if self.components > 1:
             richer = f"a mixture of {self.components} such with full covariance"
+        if not self.diagonal:
+            lost = float((self.log_likelihood - self.amortized).mean())
+            return (
+                f"no verdict: q is no diagonal Gaussian and loses {lost:.2f} nats, where one that "
+                f"is fitted to each datum loses {self.family:.2f}, of which {richer} regains "
+                f"{self.regained:.2f}"
+            )
         larger = "amortisation" if self.amortization > self.family else "the family"
         return (
             f"more is lost to {larger}: {self.amortization:.2f} nats to amortisation and "
@@ -132,8 +150,10 @@ def inference_gap(
     diagonal = fit(single, [torch.zeros_like(loc), torch.zeros_like(loc)])
     richer = fit(single, [*diagonal[1], loc.new_zeros(*loc.shape, latent)])
     # A fit that went astray has not found the best of its family: what it began from is in it.
-    optimized = _better(diagonal[0], amortized) if _diagonal(programs) else diagonal[0]
+    is_diagonal, is_full = _is(programs, Normal), _is(programs, *_FULL)
+    optimized = _better(diagonal[0], amortized) if is_diagonal else diagonal[0]
     best = _better(richer[0], optimized)
+    best = _better(best, amortized) if is_full else best
     if components > 1:
         with torch.no_grad():
             far = (_likely(programs, batch, components - 1) - loc) / scale
@@ -142,7 +162,7 @@ def inference_gap(
         own.append(loc.new_zeros(components, len(loc)))
         mixed = fit(partial(_mixture_bound, programs, batch, loc, scale), own)
         best = _better(mixed[0], best)
-    return InferenceGap(log_p, amortized[1], optimized[1], best[1], components)
+    return InferenceGap(log_p, amortized[1], optimized[1], best[1], components, is_diagonal)
 
 
 def _twice(value: Callable[[], Tensor]) -> Tensor:
@@ -158,11 +178,11 @@ def _better(one: Tensor, other: Tensor) -> Tensor:
     return one.where((one[0] >= other[0]) | other[0].isnan(), other)
 
 
-def _diagonal(programs: Programs) -> bool:
-    """Whether q is a diagonal Gaussian: of one site, since a later one may depend on it."""
+def _is(programs: Programs, *kinds: type) -> bool:
+    """Whether q is one of these laws: of one site, since a later one may depend on it."""
     laws = [posterior for _, posterior in programs.laws(programs.probe)]
     inner = [law.base_dist if isinstance(law, Independent) else law for law in laws]
-    return len(inner) == 1 and isinstance(inner[0], torch.distributions.Normal)
+    return len(inner) == 1 and isinstance(inner[0], kinds)
 
 
 def _fitted(

@@ -221,6 +221,18 @@ def test_an_encoder_that_is_the_best_of_its_family_loses_nothing_to_amortisation
     assert gap.amortization == pytest.approx(0, abs=0.013)
 
 
+@pytest.mark.parametrize("steps", [0, 100])
+def test_a_q_with_full_covariance_loses_nothing_that_a_diagonal_one_would(steps):
+    pair = linear(scale=0.5)
+    x = drawn(pair, 30)
+    gap = inference_gap(pair, x, steps=steps, samples=50)
+    assert torch.allclose(gap.amortized, gap.log_likelihood)
+    # Each is the mean of 500 draws whose standard deviation is about 1: five standard errors.
+    assert float((gap.richer - gap.log_likelihood).mean()) == pytest.approx(0, abs=0.04)
+    assert math.isnan(gap.amortization)
+    assert gap.verdict.startswith("no verdict: q is no diagonal Gaussian and loses 0.00 nats")
+
+
 class Chain(nn.Module):
     """z1 ~ N(0, 1), z2 ~ N(z1, 0.1^2), x ~ N(0, 1); q is the prior, from either end."""
 
