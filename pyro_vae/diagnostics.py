@@ -208,7 +208,8 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
         particles: Draws of z for each datum in the bound.
 
     Raises:
-        ValueError: As for `log_likelihood`, or fewer than one draw.
+        ValueError: As for `log_likelihood`, fewer than one draw, or latents that are masked for
+            some data.
 
     Example:
         >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
@@ -226,6 +227,8 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
     batch = joined(data)
     programs = Programs(pair, batch)
     latent = programs.need_vectors("decompose")
+    for part in _cut(batch):
+        programs.need_unmasked(part, "decompose")
     halves = bound(pair, _cut(batch), particles=particles)
     rows = torch.randperm(len(batch[0]), device=batch[0].device)[:draws]
     chosen = tuple(tensor[rows] for tensor in batch)
@@ -241,9 +244,10 @@ def decompose(pair: Pair, data: Rows, *, draws: int = 1000, particles: int = 10)
     others = scores.logsumexp(1) - math.log(max(scores.shape[1] - 1, 1))
     dimension = _dimension_kl(programs, batch)
     each = _marginals(programs, chosen, z, few)
-    means = [programs.draw(part, 100).mean(0) for part in _cut(batch, latent * 100)]
+    real = z.dtype if z.is_floating_point() else torch.float64
+    means = [programs.draw(part, 100).to(real).mean(0) for part in _cut(batch, latent * 100)]
     # The mean of 100 draws varies by a hundredth of q's variance more than the mean does.
-    noise = [programs.draw(part, 100).var(0) / 100 for part in _cut(batch, latent * 100)]
+    noise = [programs.draw(part, 100).to(real).var(0) / 100 for part in _cut(batch, latent * 100)]
     variance = torch.cat(means).var(0) - torch.cat(noise).mean(0)
     return Decomposition(
         float(halves.reconstruction.mean()),
@@ -460,7 +464,7 @@ def _dimension_kl(programs: Programs, batch: Batch) -> Tensor | None:
     for part in _cut(batch):
         values = []
         for prior, posterior in programs.laws(part):
-            if not (isinstance(prior, Independent) and isinstance(posterior, Independent)):
+            if not (_factorises(prior) and _factorises(posterior)):
                 return None
             try:
                 each = kl_divergence(posterior.base_dist, prior.base_dist)

@@ -313,6 +313,21 @@ class Programs:
                 f"'{self._beside[0]}' too: make that context"
             )
 
+    def need_unmasked(self, batch: Batch, what: str) -> None:
+        """Refuse latents that are masked for some data of a batch.
+
+        Raises:
+            ValueError: There are some, whose density is left out.
+        """
+        trace = self._trace(self.pair.guide, batch, 1)
+        for name in self.sites:
+            mask = trace.nodes[name]["mask"]
+            if mask is not None and not torch.as_tensor(mask).all():
+                raise ValueError(
+                    f"{what} needs the latents of all data, and '{name}' is masked for some: "
+                    f"leave these data out"
+                )
+
     def need_vectors(self, what: str) -> int:
         """Return the number of latents of each datum.
 
