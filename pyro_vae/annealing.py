@@ -18,7 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.scoring import Batch, Pair, Programs, Rows, at_a_time, batches, validation, whole
+from pyro_vae.scoring import (
+    Batch,
+    Pair,
+    Programs,
+    Rows,
+    at_a_time,
+    batches,
+    numbers,
+    validation,
+    whole,
+)
 
 _TARGET = 0.65  # acceptance that step sizes are tuned to, as by Wu et al. (2017)
 _PILOTS = 8  # chains that tune them
@@ -45,7 +55,7 @@ class Annealed(NamedTuple):
     @property
     def unreliable(self) -> Tensor:
         """Whether one chain outweighs all others, where the error is none, ``(N,)``."""
-        return self.effective_sample_size < 2
+        return ~(self.effective_sample_size >= 2)
 
 
 class Settled(NamedTuple):
@@ -66,12 +76,12 @@ class Settled(NamedTuple):
 
     @property
     def apart(self) -> Tensor:
-        """Whether chains do not reach each other, as between modes, ``(N,)``.
+        """Whether chains do not reach each other, as between modes, or do not move, ``(N,)``.
 
         The estimate then is of those parts of the posterior that some chain began in, and too
         low by what lies elsewhere.
         """
-        return self.r_hat > _APART
+        return ~(self.r_hat <= _APART)
 
 
 class Bracket(NamedTuple):
@@ -131,8 +141,8 @@ def annealed_importance_sampling(
         from_prior: Start from p(z) in place of q(z|x).
 
     Raises:
-        ValueError: Latents that are not real vectors, numbers that are too small, no data, or
-            data that the programs do not take.
+        ValueError: Latents that are not real vectors, numbers that are too small, no data, data
+            that the programs do not take, or weights that are not a number or infinite.
 
     Example:
         >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
@@ -237,7 +247,8 @@ def hmc_likelihood(
 
     Raises:
         ValueError: 5 latents or more, latents that are not real vectors, numbers that are too
-            small, no data, or data that the programs do not take.
+            small, no data, data that the programs do not take, or a density that is not a number
+            or infinite.
 
     Example:
         >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
@@ -414,8 +425,10 @@ def _schedule(distributions: int) -> list[float]:
 
 def _averaged(log_w: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chains = len(log_w)
-    weights = (log_w - log_w.amax(0)).exp()
-    effective = weights.sum(0).square() / weights.square().sum(0)
+    # Where all weights are 0, these stand for any finite peak.
+    peak = numbers(log_w).amax(0).clamp(min=torch.finfo(log_w.dtype).min)
+    weights = (log_w - peak).exp()
+    effective = (weights.sum(0).square() / weights.square().sum(0)).nan_to_num(0.0)
     error = (1 / effective - 1 / chains).clamp(min=0).sqrt()
     error = error if chains > 1 else torch.full_like(error, math.nan)
     return log_w.logsumexp(0) - math.log(chains), error, accepted, effective
@@ -436,8 +449,9 @@ def _appendix(
         scores.append(point.joint)
         accepted.append(chance.mean(0))
     z, half = torch.stack(drawn), samples // 2
-    ratios = _gaussians(z[:half], path.scale.double(), z) - torch.stack(scores)
-    share = torch.full_like(scores[0], -math.log(chains))
+    joint = numbers(torch.stack(scores))
+    ratios = _gaussians(z[:half], path.scale.double(), z) - joint
+    share = torch.full_like(joint[0], -math.log(chains))
     for _ in range(3):
         # A chain that stays in one part of the posterior has mean[g(z) / p(x,z)] of g's share
         # there over that part's own mass, so that dividing by it leaves the mass.
@@ -447,7 +461,8 @@ def _appendix(
     share = share.exp()
     spread = (share * ((found - inverse).exp() - 1)).square().sum(0)
     error = (spread / (1 - share.square().sum(0))).sqrt()
-    return -inverse, error, torch.stack(accepted).mean(0), _r_hat(z[half:], share)
+    log_p = (-inverse).masked_fill((joint == -math.inf).flatten(0, 1).all(0), -math.inf)
+    return log_p, error, torch.stack(accepted).mean(0), _r_hat(z[half:], share)
 
 
 def _gaussians(fitted: Tensor, scale: Tensor, z: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from pyro_vae.scoring import (
     at_a_time,
     batches,
     check_sites,
+    numbers,
     validation,
     whole,
     worded,
@@ -141,10 +142,10 @@ class Estimate:
             NaN for one draw.
         effective_sample_size: ``(sum_k w_k)^2 / sum_k w_k^2`` of its weights, ``(N,)``.
         pareto_k: Shape k-hat of the generalised Pareto distribution fitted to the largest of
-            its weights, ``(N,)``. NaN for fewer than 25 draws, and minus infinity where these
-            weights are all equal. Where nothing can be fitted to them, since most are ties or
-            vanish beside the largest: infinity, or minus infinity where the effective sample
-            size is larger than their number.
+            its weights, ``(N,)``. Infinity where all weights are 0, NaN for fewer than 25 draws,
+            and minus infinity where these weights are all equal. Where nothing can be fitted to
+            them, since most are ties or vanish beside the largest: infinity, or minus infinity
+            where the effective sample size is larger than their number.
         samples: Number K of draws for each datum.
         dimensions: Number of elements of a datum where x is complete, and discrete or
             dequantised, else None.
@@ -228,7 +229,8 @@ class Integral(NamedTuple):
     Attributes:
         log_likelihood: ``log of the integral of p(x,z) over z``, ``(N,)``.
         error: By how much the last refinement of the grid changed it, ``(N,)``; infinite where
-            draws of q found a density that the grid has missed, or the integrand has no end.
+            draws of q found a density that the grid has missed, the integrand has no end, or the
+            grid has found none.
     """
 
     log_likelihood: Tensor
@@ -264,7 +266,7 @@ def log_likelihood(
     Raises:
         ValueError: Fewer than one draw, no data, data that the programs do not take, a latent
             that only one of them has, a model that observes nothing, a level that is not
-            positive, or weights that are not a number.
+            positive, or weights that are not a number or infinite.
 
     Warns:
         UserWarning: k-hat is too large for some data, with the fraction of them.
@@ -330,11 +332,6 @@ def _estimate(programs: Programs, batch: Batch, samples: int, count: int) -> Est
     largest = peak.expand(0, size)
     for start in range(0, samples, count):
         log_w = programs.weights(batch, min(count, samples - start))
-        if log_w.isnan().any():
-            raise ValueError(
-                "log p(x,z) - log q(z|x) is not a number for a draw of z: check the weights of "
-                "the networks, and the data for values that are no numbers"
-            )
         before, peak = peak, torch.maximum(peak, log_w.amax(0))
         # Where all weights so far are 0, these stand for any finite peak.
         safe = peak.clamp(min=torch.finfo(peak.dtype).min)
@@ -351,6 +348,7 @@ def _estimate(programs: Programs, batch: Batch, samples: int, count: int) -> Est
     k = _pareto_k(largest, tail)
     if tail:  # of few values, as with discrete latents, or of one beside which others vanish
         k = k.where(~k.isnan(), torch.where(effective > tail, -math.inf, math.inf))
+    k = k.masked_fill(peak == -math.inf, math.inf)
     return Estimate(log_p, error, effective, k, samples)
 
 
@@ -412,8 +410,8 @@ def quadrature(pair: Pair, data: Rows, *, tolerance: float = 1e-3) -> Integral:
             points.
 
     Raises:
-        ValueError: More than 3 latents, latents that are not real vectors, no data, or data
-            that the programs do not take.
+        ValueError: More than 3 latents, latents that are not real vectors, no data, data that
+            the programs do not take, or a density that is not a number or infinite.
 
     Example:
         >>> from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
@@ -453,6 +451,8 @@ def _integral(
     side = (257, 65, 33)[latent - 1]
     for _ in range(40):
         points, scores = _scored_grid(programs, batch, low, high, side)
+        if scores.max() == -math.inf:
+            return scores.max(), scores.new_tensor(math.inf)
         inside, large = (points[scores > scores.max() - nats] for nats in (40, 8))
         width = high - low
         step = width / (side - 1)
@@ -491,4 +491,4 @@ def _scored_grid(
     points = low + (high - low) * torch.cartesian_prod(*[unit] * len(low)).reshape(-1, len(low))
     size = at_a_time(batch)
     parts = points[:, None].split(size)
-    return points, torch.cat([programs.log_joint(batch, part)[:, 0] for part in parts])
+    return points, numbers(torch.cat([programs.log_joint(batch, part)[:, 0] for part in parts]))

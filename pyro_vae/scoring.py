@@ -11,12 +11,14 @@ __all__ = [
     "batches",
     "check_sites",
     "joined",
+    "numbers",
     "validation",
     "whole",
     "worded",
 ]
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
 from typing import Any, Protocol, cast
@@ -116,6 +118,25 @@ def joined(data: Rows) -> Batch:
 def at_a_time(batch: Batch) -> int:
     """How many draws to decode at a time, for data like those of a batch."""
     return max(_ELEMENTS // max(batch[0][0].numel(), 1), 1)
+
+
+def numbers(scores: Tensor) -> Tensor:
+    """Return log-densities, or logarithms of their ratios, which may be minus infinity.
+
+    Raises:
+        ValueError: One is no number, or infinite as at a pole.
+    """
+    if scores.isnan().any():
+        raise ValueError(
+            "log p(x,z) - log q(z|x) is not a number for a draw of z: check the weights of the "
+            "networks, and the data for values that are no numbers"
+        )
+    if (scores == math.inf).any():
+        raise ValueError(
+            "log p(x,z) - log q(z|x) is infinite for a draw of z: check the weights of the "
+            "networks, and the data for values at which the likelihood has a pole"
+        )
+    return scores
 
 
 def check_sites(modelled: Trace, guided: Trace) -> None:
@@ -232,12 +253,16 @@ class Programs:
         return trace
 
     def weights(self, batch: Batch, count: int) -> Tensor:
-        """Log-weights ``log p(x,z) - log q(z|x)`` of draws ``z ~ q(z|x)``, ``(count, N)``."""
+        """Log-weights ``log p(x,z) - log q(z|x)`` of draws ``z ~ q(z|x)``, ``(count, N)``.
+
+        Raises:
+            ValueError: One is no number, or infinite.
+        """
         if not self.vectorized and count > 1:
             return torch.cat([self.weights(batch, 1) for _ in range(count)])
         guided = self._scored(self.pair.guide, batch, count)
         modelled = self._scored(self.pair.model, batch, count, guided)
-        return self._sum(modelled, batch, count) - self._sum(guided, batch, count)
+        return numbers(self._sum(modelled, batch, count) - self._sum(guided, batch, count))
 
     def draw(self, batch: Batch, count: int, *, prior: bool = False) -> Tensor:
         """Latents ``(count, N, latent)`` of q(z|x), or of the prior, all sites side by side."""

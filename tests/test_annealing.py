@@ -1,5 +1,7 @@
 """Estimates by Hamiltonian Monte Carlo against scikit-learn's probabilistic PCA."""
 
+from functools import partial
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -20,7 +22,7 @@ from pyro_vae.annealing import (
     hmc_likelihood,
 )
 from pyro_vae.evaluation import log_likelihood, quadrature
-from pyro_vae.scoring import Programs
+from pyro_vae.scoring import Programs, validation
 
 pytestmark = pytest.mark.filterwarnings("ignore:the importance weights")
 
@@ -248,6 +250,59 @@ def test_hierarchies_flows_and_mixtures_agree_with_importance_sampling(make):
     apart = (found.log_likelihood - plain.log_likelihood).abs()
     error = (found.monte_carlo_error**2 + plain.monte_carlo_error**2).sqrt()
     assert (apart < 4 * error).all()
+
+
+class Odd(nn.Module):
+    """z ~ N(0, 1), q the prior, and a likelihood that is as odd as it is given."""
+
+    def __init__(self, likelihood):
+        super().__init__()
+        self.likelihood = likelihood
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", self.likelihood(z).to_event(1), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(0 * x, 1.0).to_event(1))
+
+
+ESTIMATES = [
+    partial(log_likelihood, samples=100),
+    quadrature,
+    partial(annealed_importance_sampling, distributions=0),
+    partial(annealed_importance_sampling, distributions=3),
+    partial(hmc_likelihood, samples=20, chains=2, leapfrog=1),
+]
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+def test_data_that_no_draw_makes_possible_have_no_likelihood_and_no_trust(estimate):
+    with validation(False):
+        found = estimate(Odd(lambda z: dist.Poisson(0 * z)), torch.ones(2, 1))
+    assert (found.log_likelihood == -np.inf).all()
+    for trust in ("unreliable", "apart"):
+        assert getattr(found, trust, torch.tensor(True)).all()
+    if hasattr(found, "effective_sample_size"):
+        assert (found.effective_sample_size == 0).all()
+        assert (found.monte_carlo_error == np.inf).all()
+    if hasattr(found, "error"):
+        assert (found.error == np.inf).all()
+
+
+@pytest.mark.parametrize("estimate", ESTIMATES)
+@pytest.mark.parametrize(
+    ("likelihood", "words"),
+    [
+        (lambda z: dist.Beta(z.sigmoid(), torch.ones_like(z)), "is infinite for a draw of z"),
+        (lambda z: dist.Normal(z * np.nan, 1.0), "is not a number for a draw of z"),
+    ],
+)
+def test_densities_that_are_no_numbers_get_one_sentence(estimate, likelihood, words):
+    with validation(False), pytest.raises(ValueError, match=words):
+        estimate(Odd(likelihood), torch.zeros(2, 1))
 
 
 @pytest.mark.parametrize(
