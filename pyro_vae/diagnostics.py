@@ -364,7 +364,7 @@ def predictive_check(
     holes = batch[0].isnan()
     drawn: dict[str, list[float]] = {name: [] for name in statistics}
     for _ in range(simulations):
-        x = programs.simulate(batch)[0][0].where(~holes, batch[0])
+        x = programs.predict(batch).where(~holes, batch[0])
         for name, statistic in statistics.items():
             drawn[name].append(float(statistic(x)))
     observed = {name: float(statistic(batch[0])) for name, statistic in statistics.items()}

@@ -24,6 +24,7 @@ from pyro_vae.scoring import (
     Rows,
     at_a_time,
     batches,
+    check_plate,
     check_sites,
     numbers,
     validation,
@@ -123,6 +124,7 @@ def _halves(pair: Pair, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
             # What the guide observes, a factor, belongs to log q.
             half, value = (0, 1) if trace is model and site["is_observed"] else (1, sign)
             frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+            check_plate(site, len(batch[0]))
             if any(frame.name == "data" for frame in frames):
                 dim = next(frame.dim for frame in frames if frame.name == "data")
                 score = unscaled(site)["log_prob"].movedim(dim, -1)

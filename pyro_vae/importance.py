@@ -6,6 +6,7 @@ __all__ = [
     "IWAE",
     "Direct",
     "Renyi",
+    "Site",
     "Spread",
     "at_least_one",
     "data_dim",

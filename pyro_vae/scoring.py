@@ -9,6 +9,7 @@ __all__ = [
     "Rows",
     "at_a_time",
     "batches",
+    "check_plate",
     "check_sites",
     "joined",
     "numbers",
@@ -34,6 +35,7 @@ from torch.distributions import Distribution, constraints
 from typing_extensions import override
 
 from pyro_vae.importance import (
+    Site,
     Spread,
     data_dim,
     each_datum,
@@ -153,6 +155,20 @@ def check_sites(modelled: Trace, guided: Trace) -> None:
         raise ValueError(f"the guide draws a site '{extra[0]}' that is not latent in the model")
     if not modelled.observation_nodes:
         raise ValueError("the model observes no data: none of its sites has obs=x")
+
+
+def check_plate(site: Site, size: int) -> None:
+    """Refuse a site whose plate ``data`` has another size than the batch.
+
+    Raises:
+        ValueError: It does, as where the plate draws a subsample by itself.
+    """
+    for frame in site["cond_indep_stack"]:
+        if frame.name == "data" and frame.vectorized and frame.size != size:
+            raise ValueError(
+                f"the plate 'data' of '{site['name']}' has {frame.size} rows where the batch has "
+                f"{size}: give it a plate of len(x) data, or all data but subsample=x"
+            )
 
 
 class Programs:
@@ -287,28 +303,15 @@ class Programs:
         return self._at(self.pair.guide, batch, z).sum(0)
 
     def simulate(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """Data of the model with the context of a batch, and their latents ``(1, N, latent)``.
-
-        What else is observed keeps its value.
-        """
-        program = _Freed(self.observed["name"])(self.pair.model)
+        """Data of the model with the context of a batch, and their latents ``(1, N, latent)``."""
         with torch.no_grad():
-            trace = self._trace(program, batch, 1)
-        x = trace.nodes[self.observed["name"]]["value"]
-        if x.shape != batch[0].shape:
-            raise ValueError(
-                f"the model draws data of shape {tuple(x.shape)} where the batch has "
-                f"{tuple(batch[0].shape)}: x must be its observed site"
-            )
+            trace = self._freed(batch)
         z = self._flat({name: trace.nodes[name]["value"] for name in self.sites}, batch, 1)
-        return (x, *batch[1:]), z
+        return (self._drawn(trace, batch), *batch[1:]), z
 
-    def predict(self, batch: Batch, z: Tensor) -> Tensor:
-        """Draws ``x ~ p(x|z)``, ``(N, *shape)``, at latents ``(1, N, latent)``."""
-        program = _Freed(self.observed["name"])(self.pair.model)
-        trace = self._trace(program, batch, 1, self._given(z))
-        x: Tensor = trace.nodes[self.observed["name"]]["value"]
-        return x
+    def predict(self, batch: Batch, z: Tensor | None = None) -> Tensor:
+        """Draws ``x ~ p(x|z)`` at latents ``(1, N, latent)``, or else draws of p(z)."""
+        return self._drawn(self._freed(batch, None if z is None else self._given(z)), batch)
 
     def laws(self, batch: Batch) -> list[tuple[Any, Any]]:
         """The distributions of each latent site of the data, in the model and in the guide."""
@@ -357,13 +360,18 @@ class Programs:
         """Return the number of latents of each datum.
 
         Raises:
-            ValueError: There are none, or they lie in further plates, or some are shared by all
-                data, which `what` cannot do with.
+            ValueError: There are none, or they lie in further plates or left of one, or some are
+                shared by all data, which `what` cannot do with.
         """
         advice = "use log_likelihood, which needs draws only"
         for name, site in self.sites.items():
             if len([f for f in site["cond_indep_stack"] if f.vectorized]) > 1:
                 raise ValueError(f"{what} needs latents in one plate, '{name}' has more: {advice}")
+            if data_dim(site) != -1:
+                raise ValueError(
+                    f"{what} needs the plate 'data' of '{name}' at dim=-1, left of which no plate "
+                    f"lies: {advice}"
+                )
         if names := list(self._shared.nodes):
             raise ValueError(
                 f"{what} needs latents of each datum, and '{names[0]}' is one for all: {advice}"
@@ -411,6 +419,19 @@ class Programs:
             parts.append(value.reshape(count, len(batch[0]), shape.numel()))
         return torch.cat(parts, -1) if parts else batch[0].new_zeros(count, len(batch[0]), 0)
 
+    def _freed(self, batch: Batch, given: Trace | None = None) -> Trace:
+        """A trace of the model in which x is drawn and what else is observed keeps its value."""
+        return self._trace(_Freed(self.observed["name"])(self.pair.model), batch, 1, given)
+
+    def _drawn(self, trace: Trace, batch: Batch) -> Tensor:
+        x: Tensor = trace.nodes[self.observed["name"]]["value"]
+        if x.shape != batch[0].shape:
+            raise ValueError(
+                f"the model draws data of shape {tuple(x.shape)} where the batch has "
+                f"{tuple(batch[0].shape)}: x must be its observed site"
+            )
+        return x
+
     def _trace(
         self, program: Callable[..., Any], batch: Batch, count: int, given: Trace | None = None
     ) -> Trace:
@@ -435,6 +456,7 @@ class Programs:
         shape = count, len(batch[0])
         halves = [batch[0].new_zeros(shape, dtype=torch.float64) for _ in range(2)]
         for site in _samples(trace):
+            check_plate(site, len(batch[0]))
             if data_dim(site) is not None:
                 half = int(site["is_observed"])
                 halves[half] = halves[half] + each_datum(unscaled(site), self._rank, count)

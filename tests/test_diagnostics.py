@@ -16,7 +16,11 @@ from test_log_likelihood import double as double
 from torch import nn
 
 from pyro_vae import MLP, VAE, likelihoods, posteriors, priors
-from pyro_vae.annealing import annealed_importance_sampling, bidirectional
+from pyro_vae.annealing import (
+    annealed_importance_sampling,
+    bidirectional,
+    hmc_likelihood,
+)
 from pyro_vae.diagnostics import (
     Calibration,
     calibration,
@@ -25,7 +29,7 @@ from pyro_vae.diagnostics import (
     predictive_check,
     to_arviz,
 )
-from pyro_vae.evaluation import log_likelihood, quadrature
+from pyro_vae.evaluation import bound, log_likelihood, quadrature
 from pyro_vae.gaps import _better
 from pyro_vae.objectives import WakeSleep
 from pyro_vae.scoring import Programs
@@ -532,6 +536,73 @@ def test_what_is_observed_beside_x_is_not_simulated(call):
     x = torch.zeros(5, 1)
     with pytest.raises(ValueError, match=r"observes x alone of each datum, .* observes 'y' too"):
         call(Labelled(), (x, x))
+
+
+class Parts(nn.Module):
+    """z_k ~ N(0, 1) in a plate of three parts, x ~ N(z_1 + z_2 + z_3, 1), q the prior."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            with pyro.plate("parts", 3, dim=-2):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z.sum(-2, keepdim=z.dim() > 2), 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("parts", 3, dim=-2):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def test_a_predictive_check_takes_latents_in_two_plates():
+    x = 2 * torch.randn(500)
+    check = predictive_check(Parts(), x, {"spread": torch.std})
+    # A hundred standard deviations of 500 data around 2: five standard errors.
+    assert float(check.replicated["spread"].mean()) == pytest.approx(2, abs=0.032)
+
+
+class Pixels(nn.Module):
+    """z ~ N(0, 1), x_d ~ N(z, 1) in a plate of its own right of the data, q the posterior."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-2):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            with pyro.plate("pixels", x.shape[1], dim=-1):
+                pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-2):
+            law = dist.Normal(x.sum(-1)[:, None, None] / 4, 0.5)
+            pyro.sample("z", law.to_event(1))
+
+
+LATENT = quadrature, annealed_importance_sampling, hmc_likelihood, decompose, calibration
+
+
+@pytest.mark.parametrize("call", LATENT)
+def test_a_data_plate_left_of_another_is_refused_in_a_sentence(call):
+    x = torch.randn(4, 3)
+    truth = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1).log_prob(x)
+    assert torch.allclose(log_likelihood(Pixels(), x, samples=20).log_likelihood, truth)
+    with pytest.raises(ValueError, match="needs the plate 'data' of 'z' at dim=-1"):
+        call(Pixels(), x)
+    check = predictive_check(Pixels(), x.repeat(100, 1), {"var": torch.var})
+    assert float(check.replicated["var"].mean()) == pytest.approx(2, abs=0.1)
+
+
+class Sampled(nn.Module):
+    """A plate that draws a subsample of the batch by itself."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), subsample_size=3) as rows:
+            pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]), obs=x[rows])
+
+    def guide(self, x):
+        pass
+
+
+@pytest.mark.parametrize("call", [bound, log_likelihood])
+def test_a_plate_that_subsamples_the_batch_is_refused_in_a_sentence(call):
+    with pytest.raises(ValueError, match="'x' has 3 rows where the batch has 10: give it a plate"):
+        call(Sampled(), torch.randn(10))
 
 
 @pytest.mark.filterwarnings("default")
