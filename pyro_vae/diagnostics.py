@@ -331,7 +331,8 @@ def predictive_check(
 ) -> PredictiveCheck:
     """Hold statistics of the data against those of data sets drawn from the model.
 
-    Box (1980), Sampling and Bayes' Inference in Scientific Modelling and Robustness.
+    Box (1980), Sampling and Bayes' Inference in Scientific Modelling and Robustness. Latents of
+    each datum are draws of the prior, those of all data draws of the guide.
 
     Args:
         pair: Module with methods ``model`` and ``guide``.
@@ -364,6 +365,7 @@ def predictive_check(
     holes = batch[0].isnan()
     drawn: dict[str, list[float]] = {name: [] for name in statistics}
     for _ in range(simulations):
+        programs.redraw(batch)
         x = programs.predict(batch).where(~holes, batch[0])
         for name, statistic in statistics.items():
             drawn[name].append(float(statistic(x)))

@@ -141,7 +141,7 @@ class Estimate:
     Attributes:
         log_likelihood: ``log 1/K sum_k p(x,z_k) / q(z_k|x)``, ``(N,)``.
         monte_carlo_error: Standard error of each by its draws, ``sqrt(1/ESS - 1/K)``, ``(N,)``;
-            NaN for one draw.
+            NaN for one draw. The one draw of latents outside the plate ``data`` is not in it.
         effective_sample_size: ``(sum_k w_k)^2 / sum_k w_k^2`` of its weights, ``(N,)``.
         pareto_k: Shape k-hat of the generalised Pareto distribution fitted to the largest of
             its weights, ``(N,)``. Infinity where all weights are 0, NaN for fewer than 25 draws,
@@ -185,7 +185,7 @@ class Estimate:
 
     @property
     def mean_error(self) -> float:
-        """Standard error of that mean by the draws of z, for these very data."""
+        """Standard error of that mean by the draws of each z, for these very data."""
         return float(self.monte_carlo_error.square().sum().sqrt() / len(self.log_likelihood))
 
     @property
@@ -254,7 +254,8 @@ def log_likelihood(
     lower bound, which grows with K. How far below log p(x) it is depends on the tail of the
     weights, of which the Pareto k-hat of Vehtari et al. (2024), Pareto Smoothed Importance
     Sampling, tells; the estimate itself is not smoothed. Latents outside the plate ``data`` are
-    drawn once and count 1/N in each datum, as in `bound`. Networks are used as they are.
+    drawn once, under the first batch, a thousand rows of a split, and what lies there counts 1/N
+    in each datum; errors are given that draw. Networks are used as they are.
 
     Args:
         pair: Module with methods ``model`` and ``guide``.

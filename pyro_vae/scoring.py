@@ -174,12 +174,13 @@ def check_plate(site: Site, size: int) -> None:
 class Programs:
     """A pair, made ready to draw and to score several latents for each datum.
 
-    Latents outside the plate ``data`` are drawn once, here. Where networks take no leading
-    dimensions, or give another density under them, particles are scored one by one.
+    Latents outside the plate ``data`` are drawn once, here, under all of the batch. Where
+    networks take no leading dimensions, or give another density under them, particles are scored
+    one by one.
 
     Args:
         pair: Module with methods ``model`` and ``guide``.
-        batch: A batch ``(x, *context)`` to try it on.
+        batch: A batch ``(x, *context)``, on the first rows of which it is tried.
 
     Attributes:
         pair: The pair.
@@ -203,21 +204,35 @@ class Programs:
         self._rank, self._shared = 9, Trace()  # more than plates nest, until that is known
         self.probe = rows = tuple(tensor[:3] for tensor in batch)
         with torch.no_grad():
-            with worded("guide", rows):
-                guided = self._scored(pair.guide, rows, 1)
-            with worded("model", rows):
-                modelled = self._scored(pair.model, rows, 1, guided)
-            self._check(modelled, guided)
-            self.shared = sum(
-                (sign * unscaled(site)["log_prob"].sum())
-                for trace, sign in ((modelled, 1), (guided, -1))
-                for site in _samples(trace)
-                if data_dim(site) is None
-            )
-            for name, site in latents(guided):
-                if data_dim(site) is None:
-                    self._shared.add_node(name, **site)
+            self._check(*(traces := self._scored_both(rows)))
+            outside = any(data_dim(site) is None for each in traces for site in _samples(each))
+            self._keep(*self._scored_both(batch) if outside else traces)
             self.vectorized = self._vectorizes(rows) and self._vectorizes(rows, 2)
+
+    def redraw(self, batch: Batch) -> None:
+        """Draw the latents outside the plate ``data`` anew, under a whole batch."""
+        if self._shared.nodes:
+            self._shared = Trace()
+            self._keep(*self._scored_both(batch))
+
+    def _scored_both(self, batch: Batch) -> tuple[Trace, Trace]:
+        """Scored traces of the model and of the guide that it replays."""
+        with worded("guide", batch):
+            guided = self._scored(self.pair.guide, batch, 1)
+        with worded("model", batch):
+            return self._scored(self.pair.model, batch, 1, guided), guided
+
+    def _keep(self, modelled: Trace, guided: Trace) -> None:
+        """Keep the latents outside the plate ``data``, and the density of what lies there."""
+        self.shared = sum(
+            (sign * unscaled(site)["log_prob"].sum())
+            for trace, sign in ((modelled, 1), (guided, -1))
+            for site in _samples(trace)
+            if data_dim(site) is None
+        )
+        for name, site in latents(guided):
+            if data_dim(site) is None:
+                self._shared.add_node(name, **site)
 
     def _check(self, modelled: Trace, guided: Trace) -> None:
         check_sites(modelled, guided)

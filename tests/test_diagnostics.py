@@ -11,7 +11,7 @@ import pytest
 import torch
 from linear import FALSE_ALARM, linear_vae
 from scipy import stats
-from test_log_likelihood import Exact, Mixed
+from test_log_likelihood import Exact, Level, Mixed
 from test_log_likelihood import double as double
 from torch import nn
 
@@ -557,6 +557,13 @@ def test_a_predictive_check_takes_latents_in_two_plates():
     check = predictive_check(Parts(), x, {"spread": torch.std})
     # A hundred standard deviations of 500 data around 2: five standard errors.
     assert float(check.replicated["spread"].mean()) == pytest.approx(2, abs=0.032)
+
+
+def test_a_predictive_check_draws_latents_of_all_data_anew():
+    check = predictive_check(Level(), torch.randn(100), {"mean": torch.mean}, simulations=400)
+    # Means vary by the posterior, 1/101, and by their own data; 3.5 % are a standard error.
+    spread = float(check.replicated["mean"].std())
+    assert spread == pytest.approx((1 / 101 + 1 / 100) ** 0.5, rel=0.17)
 
 
 class Pixels(nn.Module):

@@ -392,6 +392,40 @@ def test_a_latent_for_all_data_that_does_nothing_changes_nothing(pixels):
         quadrature(same, pixels[:2])
 
 
+class Level(nn.Module):
+    """w ~ N(0, 1) for all data, x_n ~ N(w, 1), and the exact posterior of w."""
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    def guide(self, x):
+        precision = 1 + len(x)
+        pyro.sample("w", dist.Normal(x.sum() / precision, precision**-0.5))
+
+
+class Summed(nn.Module):
+    """x_n ~ N(0, 1), and a factor of all data."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+        pyro.factor("all", x.sum())
+
+    def guide(self, x):
+        pass
+
+
+def test_what_lies_outside_the_plate_is_of_the_whole_batch():
+    x = torch.randn(100) + 1.5
+    law = dist.MultivariateNormal(torch.zeros(100), torch.eye(100) + 1)
+    summed = (x + dist.Normal(0.0, 1.0).log_prob(x)).sum()
+    for pair, truth in ((Level(), law.log_prob(x)), (Summed(), summed)):
+        for found in (bound(pair, x).elbo, log_likelihood(pair, x, samples=3).log_likelihood):
+            assert float(found.mean()) == pytest.approx(float(truth) / 100, abs=1e-6)
+
+
 def test_data_come_as_splits_tensors_batches_or_many(pixels):
     pair, truth = pca_pair(pixels, 3, inflation=1.0)
     x = pixels[:6]
