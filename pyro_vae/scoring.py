@@ -167,7 +167,7 @@ def check_plate(site: Site, size: int) -> None:
         if frame.name == "data" and frame.vectorized and frame.size != size:
             raise ValueError(
                 f"the plate 'data' of '{site['name']}' has {frame.size} rows where the batch has "
-                f"{size}: give it a plate of len(x) data, or all data but subsample=x"
+                f"{size}: let it have len(x) of them, or all that there are and subsample=x"
             )
 
 
@@ -384,8 +384,8 @@ class Programs:
                 raise ValueError(f"{what} needs latents in one plate, '{name}' has more: {advice}")
             if data_dim(site) != -1:
                 raise ValueError(
-                    f"{what} needs the plate 'data' of '{name}' at dim=-1, left of which no plate "
-                    f"lies: {advice}"
+                    f"{what} needs the plate 'data' of '{name}' at dim=-1, right of all others: "
+                    f"{advice}"
                 )
         if names := list(self._shared.nodes):
             raise ValueError(

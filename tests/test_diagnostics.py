@@ -608,7 +608,7 @@ class Sampled(nn.Module):
 
 @pytest.mark.parametrize("call", [bound, log_likelihood])
 def test_a_plate_that_subsamples_the_batch_is_refused_in_a_sentence(call):
-    with pytest.raises(ValueError, match="'x' has 3 rows where the batch has 10: give it a plate"):
+    with pytest.raises(ValueError, match="'x' has 3 rows where the batch has 10: let it have"):
         call(Sampled(), torch.randn(10))
 
 
