@@ -133,6 +133,8 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
     pictures["latents"] = plots.scatter(arrays["z"], labels)
     aside = _set_aside(Path(run.run) / f"evaluation-{split}.npz", samples)
     _write(Path(run.run) / f"evaluation-{split}.npz", arrays, _key(run, split, samples, batch))
+    if estimate:  # not before, since what comes after an estimate may fail
+        _part(run, split).unlink(missing_ok=True)
     paths = aside + [
         plots.save(figure, Path(run.run) / f"evaluation-{split}-{name}.png")
         for name, figure in pictures.items()
@@ -229,8 +231,7 @@ def _estimated(
     run: Run, vae: VAE, batch: Batch, split: str, samples: int, level: float | None
 ) -> Estimate:
     """L_K of all data, block by block, going on with the blocks that are there."""
-    path = Path(run.run) / f"evaluation-{split}.part.npz"
-    ranks = Ranks.here()
+    path, ranks = _part(run, split), Ranks.here()
     key, size = _key(run, split, samples, batch), len(batch[0])
     names = [path.name] + [f"evaluation-{split}{end}.npz" for end in ("", f"-L_{samples}")]
     kept = next(filter(None, (_read(path.with_name(name), key) for name in names)), None)
@@ -251,9 +252,12 @@ def _estimated(
             bar.update(len(done[-1].log_likelihood))
             if ranks.first:
                 _write(path, _kept(Estimate.joined(done)), key)
-    if ranks.first:
-        path.unlink(missing_ok=True)
     return Estimate.joined(done)
+
+
+def _part(run: Run, split: str) -> Path:
+    """Where an estimate is kept until its evaluation is done."""
+    return Path(run.run) / f"evaluation-{split}.part.npz"
 
 
 def _gathered(vae: VAE, rows: Batch, samples: int, level: float | None, ranks: Ranks) -> Estimate:

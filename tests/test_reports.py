@@ -140,6 +140,19 @@ def test_a_stopped_estimate_goes_on_and_ends_the_same(copy, monkeypatch, capsys)
     assert counts == [50, 50, 50, 30]
 
 
+def test_an_estimate_outlives_what_fails_after_it(copy, monkeypatch, capsys):
+    def stopping(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reports.plots, "scatter", stopping)
+        assert call(f"evaluate {copy} --samples 40") == 130
+    monkeypatch.setattr(reports, "log_likelihood", None)  # what is kept is not estimated again
+    assert call(f"evaluate {copy} --samples 40") == 0
+    assert "L_40" in capsys.readouterr().out
+    assert not (copy / "evaluation-test.part.npz").exists()
+
+
 def test_threads_are_those_asked_for_and_put_back(copy, monkeypatch):
     seen, true = [], reports.bound
 
