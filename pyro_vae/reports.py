@@ -7,6 +7,7 @@ __all__ = ["compare", "evaluate"]
 import csv
 import hashlib
 import io
+import itertools
 import math
 import re
 import warnings
@@ -57,8 +58,9 @@ def evaluate(
     """Print what a run is worth: the bound and its parts, L_K with its errors, calibration.
 
     Arrays of each datum and pictures go to the run's folder. An estimate that was stopped
-    goes on where it was. Processes started by torchrun share L_K, which is the same for any
-    number of them, and the first one does the rest.
+    goes on where it was, and one of other weights or data, by another seed or by more samples
+    is set aside under a name of its own. Processes started by torchrun share L_K, which is the
+    same for any number of them, and the first one does the rest.
 
     Args:
         run: The run.
@@ -131,8 +133,9 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
         arrays["z"] = torch.cat([vae.encode(*each).sample() for each in batches]).numpy(force=True)
     labels = None if part.labels is None else part.labels.numpy(force=True)
     pictures["latents"] = plots.scatter(arrays["z"], labels)
-    aside = _set_aside(Path(run.run) / f"evaluation-{split}.npz", samples)
-    _write(Path(run.run) / f"evaluation-{split}.npz", arrays, _key(run, split, samples, batch))
+    path, key = Path(run.run) / f"evaluation-{split}.npz", _key(run, split, samples, batch)
+    aside = _set_aside(path, key)
+    _write(path, arrays, key)
     if estimate:  # not before, since what comes after an estimate may fail
         _part(run, split).unlink(missing_ok=True)
     paths = aside + [
@@ -233,8 +236,9 @@ def _estimated(
     """L_K of all data, block by block, going on with the blocks that are there."""
     path, ranks = _part(run, split), Ranks.here()
     key, size = _key(run, split, samples, batch), len(batch[0])
-    names = [path.name] + [f"evaluation-{split}{end}.npz" for end in ("", f"-L_{samples}")]
-    kept = next(filter(None, (_read(path.with_name(name), key) for name in names)), None)
+    before = [path, path.with_name(f"evaluation-{split}.npz")]
+    before += sorted(path.parent.glob(f"evaluation-{split}-L_{samples}*.npz"))
+    kept = next(filter(None, (_read(each, key) for each in before)), None)
     done = [_restored(kept, samples)] if kept else []
     start = len(done[0].log_likelihood) if done else 0
     shown = f"L_{samples}" if ranks.first else ""
@@ -290,16 +294,25 @@ def _restored(arrays: Mapping[str, Array], samples: int) -> Estimate:
     return Estimate(**values, samples=samples, dimensions=dimensions, level=float(arrays["level"]))
 
 
-def _set_aside(path: Path, samples: int) -> list[Path]:
-    """Keep an estimate by more samples, which took longer, under a name of its own."""
+def _set_aside(path: Path, key: str) -> list[Path]:
+    """Keep another estimate under a name of its own, but for one by fewer samples of the same."""
+    before = _key_of(path)
+    *what, samples = before.split() or ["0"]
+    *now, count = key.split()
+    if before == key or int(samples) <= (int(count) if what == now else 0):
+        return []
+    ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (path.with_name(f"{path.stem}-L_{samples}{end}.npz") for end in ends)
+    return [path.replace(next(each for each in names if _key_of(each) in (before, "")))]
+
+
+def _key_of(path: Path) -> str:
+    """What the estimate in a file depends on, as `_key` has it; nothing where there is none."""
     try:
         with np.load(io.BytesIO(path.read_bytes())) as file:
-            before = int(str(file["key"]).split()[-1]) if "log_likelihood" in file.files else 0
+            return str(file["key"]) if "log_likelihood" in file.files else ""
     except _DAMAGE:
-        return []
-    if before <= samples:
-        return []
-    return [path.replace(path.with_name(f"{path.stem}-L_{before}.npz"))]
+        return ""
 
 
 def _key(run: Run, split: str, samples: int, batch: Batch) -> str:

@@ -279,6 +279,30 @@ def test_a_cheap_estimate_does_not_take_the_place_of_a_dear_one(copy, monkeypatc
     assert "L_60" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("other", ["--data {x}", "--weights last", "--seed 1"])
+def test_another_evaluation_does_not_take_the_place_of_the_runs_own(
+    other, copy, tmp_path, monkeypatch, capsys
+):
+    kept = {50: arrays(copy)["log_likelihood"]}
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 2, size=(60, 1, 8, 8)))
+    other = other.format(x=tmp_path / "x.npy")
+    if other == "--weights last":
+        vae = load(copy)
+        with torch.no_grad():
+            vae.likelihood.network.last.bias.add_(1)
+        checkpoints.save(vae, copy / "last.safetensors")
+    for samples in (50, 10):
+        assert call(f"evaluate {copy} --samples {samples} {other}") == 0
+    names = {"evaluation-test.npz", "evaluation-test-L_50.npz", "evaluation-test-L_50-2.npz"}
+    assert {path.name for path in copy.glob("*.npz")} == names
+    monkeypatch.setattr(reports, "log_likelihood", None)  # what is kept is not estimated again
+    kept[10] = arrays(copy)["log_likelihood"]
+    for samples, options in ((50, ""), (10, other), (50, "")):
+        assert call(f"evaluate {copy} --samples {samples} {options}") == 0
+        assert np.array_equal(arrays(copy)["log_likelihood"], kept[samples])
+    assert {path.name for path in copy.glob("*.npz")} == names | {"evaluation-test-L_10.npz"}
+
+
 def test_a_run_is_not_evaluated_on_data_that_have_grown(tmp_path, capsys):
     """Of which it may have trained on any."""
     x = np.random.default_rng(0).random((60, 5))
