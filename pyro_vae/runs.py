@@ -147,6 +147,7 @@ class Run:
 
     def path(self, out: str | None, name: str, *, also: Sequence[str] = ()) -> Path:
         """Where to write: the path that the user gave, or a name in the run's folder."""
+        checkpoints.blueprint(self.run)  # refuses a folder that is no run, or not there
         path = Path(out) if out else Path(self.run) / name
         endings = [Path(name).suffix, *also]
         if path.suffix not in endings:

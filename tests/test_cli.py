@@ -687,6 +687,12 @@ def test_encode_writes_codes_scales_and_labels(grey, here, capsys):
     assert capsys.readouterr().out == "codes.npz: z (180, 3), scale (180, 3), labels (180,)\n"
 
 
+@pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate", "encode"])
+def test_a_run_that_is_not_there_is_no_folder_to_make(command, capsys):
+    said = "'nowhere' is no run: there is no file 'model.json' in it"
+    assert said in refusal(2, f"{command} nowhere", capsys)
+
+
 @pytest.mark.parametrize(
     ("command", "name"),
     [
