@@ -85,6 +85,11 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
         if first:
             print(score(vae, part, split, particles=particles))
         return
+    if len(part) < 2:
+        raise ValueError(
+            f"'{run.run}' has a single {split} datum, which has no spread: take another --split, "
+            f"or other data by --data"
+        )
     part = part.read()
     batches = list(dataset_batches(part))
     batch = tuple(torch.cat(columns) for columns in zip(*batches, strict=True))

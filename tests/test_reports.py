@@ -315,6 +315,15 @@ def test_a_run_is_not_evaluated_on_data_that_have_grown(tmp_path, capsys):
     assert call(f"evaluate {tmp_path / 'run'} --samples 10 --data {tmp_path / 'x.npy'}") == 0
 
 
+def test_a_single_datum_is_refused_before_its_estimate(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((12, 5)))
+    options = f"--data {tmp_path / 'x.npy'} --batch-size 4 --likelihood Normal"
+    assert call(f"{TRAIN} {options} --out {tmp_path / 'run'}") == 0
+    monkeypatch.setattr(reports, "log_likelihood", None)
+    said = sentence(f"evaluate {tmp_path / 'run'} --samples 10", capsys)
+    assert f"'{tmp_path / 'run'}' has a single test datum, which has no spread" in said
+
+
 def test_parts_are_named_by_what_they_differ_in():
     def part(name, **options):
         return {"class_path": name, "init_args": options}
