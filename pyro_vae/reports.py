@@ -43,6 +43,7 @@ _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.err
 # Settings that say where and how a run is computed, and not what it is.
 _WHERE = ("allow", "data_dir", "mode", "device", "threads", "checkpoint", "out", "resume")
 _BLOCK = 250  # data whose estimates are written at a time
+_ESCAPES = str.maketrans({each: f"\\{each}" for each in "_%&#${}"})  # of LaTeX
 _ARRAYS = ("log_likelihood", "monte_carlo_error", "effective_sample_size", "pareto_k")
 
 
@@ -582,8 +583,9 @@ def _text(rows: Sequence[Mapping[str, Any]]) -> str:
 def _latex(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = [key for key in rows[0] if not key.endswith((" low", " high"))]
     lines = [heads, *(_cells(row, index == 0) for index, row in enumerate(rows))]
-    escaped = [" & ".join(cell.replace("_", r"\_") for cell in line) + r" \\" for line in lines]
+    escaped = [[cell.translate(_ESCAPES) for cell in line] for line in lines]
+    # In braces, since a bracket at the beginning of a row is an option of the end of the last.
+    head, *body = [" & ".join([f"{{{first}}}", *rest]) + r" \\" for first, *rest in escaped]
     columns = "l" + "r" * (len(heads) - 1)
-    head, *body = escaped
     begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
     return "\n".join([begin, r"\hline", head, r"\hline", *body, r"\hline", end, ""])

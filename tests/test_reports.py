@@ -203,6 +203,20 @@ def test_differences_are_paired(runs, tmp_path, capsys):
     assert r"L\_50" in latex
 
 
+def test_rows_of_the_latex_table_begin_with_no_option(runs, copy, tmp_path):
+    settings = yaml.safe_load((copy / "config.yaml").read_text())
+    (copy / "config.yaml").write_text(yaml.safe_dump({**settings, "hidden": [200]}))
+    assert call(f"compare {runs / 'Normal-0'} {copy} --by hidden --out {tmp_path}") == 0
+    rows = (tmp_path / "comparison.tex").read_text().splitlines()
+    assert [row.partition(" & ")[0] for row in rows[2:6]] == [
+        "{hidden}",
+        r"\hline",
+        "{[16]}",
+        "{[200]}",
+    ]
+    assert r"{1\%\_\&\#\$} & 2 \\" in reports._latex([{"data": "1%_&#$", "pairs": 2}] * 2)
+
+
 def test_one_pair_has_no_interval_and_says_so(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
