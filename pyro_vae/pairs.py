@@ -249,7 +249,9 @@ def _check_support(name: str, site: Any, x: Tensor) -> None:
     element = getattr(element, "complete", element)  # of what is not missing
     whole = len(example) > outside  # the support is one of whole vectors
     row = int((~inside).nonzero()[0, 0])
-    shown = f", row {row} for one" if whole else f", {example[0]:g} for one"
+    shown = f", {example[0]:g} for one"
+    if whole:  # `fit` has shuffled them
+        shown = f", row {row} for one of a batch of {len(value):,}, whatever row it has in a file"
     raise ValueError(
         f"{outside} {'data' if whole else 'values'} of {name} lie outside the support of "
         f"{family(site['fn'])}{_described(element)}{shown}: {_advice(element, example)}"
