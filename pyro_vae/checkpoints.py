@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = [
     "FORMAT",
     "HEADER",
+    "allowing",
     "blueprint",
     "check_header",
     "create",
@@ -47,7 +48,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.parts import Blueprint
+from pyro_vae.parts import KINDS, Blueprint
 from pyro_vae.vae import VAE
 
 FORMAT = 1  # of every file of a run; a later one may hold what this version does not know
@@ -201,6 +202,15 @@ def of_python(run: str | Path) -> bool:
     """Whether a folder holds what `pyro_vae.fit` has written, and nothing of the command line."""
     path = Path(run)
     return (path / "metrics.jsonl").is_file() and not (path / "config.yaml").exists()
+
+
+def allowing(run: str | Path) -> str:
+    """Return the options `` --allow MODULE`` by which a command goes on with a run, if any."""
+    path = Path(run) / "config.yaml"
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    homes = {home.__name__ for _, *homes in KINDS.values() for home in homes}
+    modules = dict.fromkeys(re.findall(r"class_path: ([\w.]+)\.\w+$", text, re.M))
+    return "".join(f" --allow {module}" for module in modules if module not in homes)
 
 
 def check_header(content: str, path: Path) -> None:

@@ -325,8 +325,8 @@ def _finished(run: Path, done: int, epochs: int, patience: int | None) -> str:
     if done < epochs:
         return f"'{run}' is finished: a patience of {patience} ended it after {done} epochs"
     return (
-        f"'{run}' is finished: it has all of its {done} epochs; `pyro-vae train --resume {run} "
-        f"--epochs N` extends it to N of them"
+        f"'{run}' is finished: it has all of its {done} epochs; `pyro-vae train --resume "
+        f"{run}{checkpoints.allowing(run)} --epochs N` extends it to N of them"
     )
 
 

@@ -314,7 +314,8 @@ class Progress:
         if self.folder and (self.folder / "config.yaml").exists():
             count = self.ranks.size
             program = "pyro-vae" if count == 1 else f"{_TORCHRUN} {count} -m pyro_vae"
-            way = f"`{program} train --resume {self.folder}`, in Python by {way}"
+            options = f"{self.folder}{checkpoints.allowing(self.folder)}"
+            way = f"`{program} train --resume {options}`, in Python by {way}"
         said = f"stopped after step {self.now.step}; go on by {way}"
         raise Stopped(said) if number == signal.SIGTERM else KeyboardInterrupt(said)
 

@@ -482,7 +482,8 @@ def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...], fl
     path = Path(run) / f"evaluation-{split}.npz"
     if not path.is_file():
         raise FileNotFoundError(
-            f"'{run}' has not been evaluated: run `pyro-vae evaluate {run} --split {split}` first"
+            f"'{run}' has not been evaluated: run `pyro-vae evaluate "
+            f"{run}{checkpoints.allowing(run)} --split {split}` first"
         )
     try:
         with np.load(io.BytesIO(path.read_bytes())) as file:
@@ -501,8 +502,8 @@ def _values(run: str, split: str) -> tuple[dict[str, float], tuple[str, ...], fl
     now = path.with_name(f"{kind[1]}.safetensors")
     if not now.is_file() or _weights(now) != weights:
         raise ValueError(
-            f"'{run}' has other weights than when it was evaluated: run `pyro-vae evaluate {run} "
-            f"--split {split}` again"
+            f"'{run}' has other weights than when it was evaluated: run `pyro-vae evaluate "
+            f"{run}{checkpoints.allowing(run)} --split {split}` again"
         )
     return values, (samples, *kind, digest, str(len(elbo))), share
 

@@ -1190,7 +1190,11 @@ def test_a_run_that_was_stopped_before_its_first_step_begins(run, here):
 
 
 def test_a_resumed_run_imports_nothing_that_is_not_allowed(my_file, here, monkeypatch, capsys):
-    stopped(f"{LONG} --prior my_file.MyPrior --out run", 3, monkeypatch, capsys)
+    said = stopped(f"{LONG} --prior my_file.MyPrior --out run", 3, monkeypatch, capsys)
+    assert "go on by `pyro-vae train --resume run --allow my_file`, in Python" in said
+    assert "run `pyro-vae evaluate run --allow my_file --split test`" in refusal(
+        2, "compare run", capsys
+    )
     assert "--allow my_file" in refusal(2, "train --resume run", capsys)
     assert call("train --resume run --allow my_file") == 0
 
