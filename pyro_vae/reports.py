@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyro
 import scipy
 import torch
+from torch.distributions import constraints
 from tqdm import tqdm
 
 from pyro_vae import checkpoints, plots
@@ -31,7 +32,16 @@ from pyro_vae.diagnostics import calibration, decompose
 from pyro_vae.distributed import Ranks
 from pyro_vae.evaluation import Estimate, bound, log_likelihood
 from pyro_vae.parts import KINDS, Part
-from pyro_vae.runs import Run, SplitName, dataset_batches, in_threads, print_paths, score
+from pyro_vae.runs import (
+    Run,
+    SplitName,
+    bounds,
+    dataset_batches,
+    in_threads,
+    print_paths,
+    score,
+    support,
+)
 from pyro_vae.scoring import Batch
 from pyro_vae.splits import Split, dequantised
 from pyro_vae.vae import VAE
@@ -115,7 +125,7 @@ def _evaluate(run: Run, split: SplitName, particles: int, samples: int, json: bo
         # Of too few draws there is no k-hat to tell by.
         found["reliable"] = None if estimate.pareto_k.isnan().any() else not share
         found["bits_per_dimension"] = estimate.bits_per_dimension
-        found["bits"] = _bits(part, batch, found["bits_per_dimension"])
+        found["bits"] = _bits(vae, part, batch, found["bits_per_dimension"])
         arrays |= _kept(estimate)
         pictures["k_hat"] = plots.k_hat(arrays["pareto_k"], estimate.threshold)
     pyro.set_rng_seed(run.seed)
@@ -371,7 +381,7 @@ def _write(path: Path, arrays: Mapping[str, Array], key: str) -> None:
     checkpoints.write(path, content.getvalue())
 
 
-def _bits(part: Split, batch: Batch, value: float | None) -> str | None:
+def _bits(vae: VAE, part: Split, batch: Batch, value: float | None) -> str | None:
     """What an integer of the data stands for, or why dequantised ones have no bits."""
     if part.view is dequantised and part.level is None:
         return "x is not stored as whole numbers up to 255"
@@ -379,8 +389,9 @@ def _bits(part: Split, batch: Batch, value: float | None) -> str | None:
         return None
     if part.level:
         return "upper bound, 8 bit"
-    top = float(batch[0].max())
-    return "1 bit" if top <= 1 else "8 bit" if top <= 255 else "whole numbers"
+    element = support(vae, *batch[1:])
+    top = 1.0 if element is constraints.boolean else bounds(element)[1]
+    return {1.0: "1 bit", 255.0: "8 bit"}.get(top, "whole numbers")
 
 
 def _family(p_values: torch.Tensor) -> float:

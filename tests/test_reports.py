@@ -452,6 +452,20 @@ def test_dequantised_values_of_fewer_levels_have_no_bits(tmp_path, capsys):
     assert re.search(f"bits per dimension +none  {found['bits']}\n", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "bits"), [("Poisson", "whole numbers"), ("DiscretizedLogistic", "8 bit")]
+)
+def test_bits_are_those_of_the_support_and_not_of_the_data(likelihood, bits, tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 2, size=(50, 6), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    top = 1 if likelihood == "Poisson" else 255
+    options = f"--data {tmp_path / 'x.npy'} --top {top} --batch-size 10 --likelihood {likelihood}"
+    assert call(f"{TRAIN} {options} --out {tmp_path / 'run'}") == 0
+    capsys.readouterr()
+    assert call(f"evaluate {tmp_path / 'run'} --samples 10 --json") == 0
+    assert json.loads(capsys.readouterr().out)["bits"] == bits
+
+
 def test_grey_levels_are_labelled_and_have_no_calibration(tmp_path, capsys):
     run = tmp_path / "grey"
     options = "--likelihood.greyscale true --binarisation none"
