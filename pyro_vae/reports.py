@@ -176,8 +176,8 @@ def compare(
     """Print differences between runs that differ in one setting, paired by another.
 
     Each run must have been evaluated. Differences are to the runs that have the setting of
-    the first one, with 95 % t-intervals over the pairs. Where runs differ in other settings too,
-    or L_K is not to be trusted for a part of the data, that is said.
+    the first one, with 95 % t-intervals over the pairs. Where a run has no partner, runs differ
+    in other settings too, or L_K is not to be trusted for a part of the data, that is said.
 
     Args:
         runs: The folders of the runs.
@@ -189,6 +189,7 @@ def compare(
     if out is not None and not Path(out).is_dir():
         raise FileNotFoundError(f"there is no folder '{out}' to write to; make it")
     table: dict[str, dict[str, dict[str, float]]] = {}
+    places: dict[tuple[str, str], str] = {}
     variants: dict[str, Any] = {}
     seen: dict[str, tuple[str, tuple[str, ...]]] = {}
     others: dict[tuple[str, str], set[str]] = {}
@@ -216,11 +217,15 @@ def compare(
                 f"one of them, or another --pair"
             )
         table[variant][partner] = values
+        places[variant, partner] = run
     if len(table) < 2:
         raise ValueError(f"these runs cannot be compared by {by}: all have {next(iter(table))}")
     names = _short(variants, by) if by in KINDS else {each: each for each in variants}
     rows = _differences({names[each]: values for each, values in table.items()}, by, pair)
     print(_text(rows))
+    paired = _partners(table)
+    if lone := [run for (each, partner), run in places.items() if partner not in paired[each]]:
+        print(f"without a partner of the same {pair}, and left out: {', '.join(lone)}")
     if any(doubtful.values()):
         shares = ", ".join(f"{names[each]} {share:.1%}" for each, share in doubtful.items())
         print(
@@ -535,19 +540,28 @@ def _check_alike(first: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str
     )
 
 
+def _partners(table: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """By what the runs of each variant are paired, of the first one, which is last, with any."""
+    (name, base), *rest = table.items()
+    paired = {variant: sorted(runs.keys() & base.keys()) for variant, runs in rest}
+    return {**paired, name: sorted({*itertools.chain(*paired.values())})}
+
+
 def _differences(
     table: Mapping[str, Mapping[str, Mapping[str, float]]], by: str, pair: str
 ) -> list[dict[str, Any]]:
     """For each variant its means, and its paired differences to the first one."""
     base_name, base = next(iter(table.items()))
-    rows = []
-    for variant, runs in table.items():
-        partners = sorted(runs.keys() & base.keys())
+    paired = _partners(table)
+    for variant, partners in paired.items():
         if not partners:
             raise ValueError(
                 f"these runs cannot be paired: {by} {variant} and {base_name} have no {pair} in "
                 f"common"
             )
+    rows = []
+    for variant, runs in table.items():
+        partners = paired[variant]
         row: dict[str, Any] = {by: variant, "pairs": len(partners)}
         for key in next(iter(base.values())):
             gains = np.array([runs[each][key] - base[each][key] for each in partners])

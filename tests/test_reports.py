@@ -232,6 +232,19 @@ def test_one_pair_has_no_interval_and_says_so(runs, tmp_path, monkeypatch, capsy
     assert not list(tmp_path.iterdir())  # nothing is written that was not asked for
 
 
+def test_runs_without_a_partner_are_named_and_left_out(runs, tmp_path, capsys):
+    places = [runs / name for name in ("Normal-0", "Normal-1", "Laplace-1")]
+    capsys.readouterr()
+    assert call(f"compare {' '.join(map(str, places))} --out {tmp_path}") == 0
+    said = f"without a partner of the same seed, and left out: {places[0]}\n"
+    assert said in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
+    means = [arrays(place)["log_likelihood"].mean() for place in places[1:]]
+    assert [row["pairs"] for row in rows] == ["1", "1"]
+    assert [float(row["L_50"]) for row in rows] == pytest.approx(means)
+    assert float(rows[1]["L_50 difference"]) == pytest.approx(means[1] - means[0])
+
+
 def test_estimates_that_are_not_to_be_trusted_are_named(runs, copy, capsys):
     kept = arrays(copy)
     places = [runs / "Laplace-0", copy]
