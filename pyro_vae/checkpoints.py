@@ -14,6 +14,7 @@ __all__ = [
     "FORMAT",
     "HEADER",
     "allowing",
+    "began",
     "blueprint",
     "check_header",
     "create",
@@ -301,6 +302,17 @@ def newest(folder: Path) -> dict[str, Any] | None:
             )
             path.replace(path.with_suffix(".damaged"))
     return None
+
+
+def began(folder: Path) -> Mapping[str, Any]:
+    """Return the settings in the head of the newest checkpoint; none where it has none."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        path = _checkpoints(folder)[0]
+        with path.open("rb") as file:
+            size = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+            content = json.loads(json.loads(file.read(size))["__metadata__"]["content"])
+        return {**content["settings"]}
+    return {}
 
 
 def _sealed(raw: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "digest",
     "generators",
     "numbers",
     "set_generators",
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_vae.mapped import Mapped
-from pyro_vae.splits import Data
+from pyro_vae.splits import Data, Split
 
 
 def settings(
@@ -44,20 +45,10 @@ def settings(
     """
     views = hashlib.sha256()
     shapes = [f"{key} {tuple(each.shape)} {each.dtype}" for key, each in tensors(pair).items()]
-    digest = hashlib.sha256()
     for part in data.splits[:2]:
-        rows = torch.arange(min(len(part), 1000)) * len(part) // max(min(len(part), 1000), 1)
-        rows = rows.to(part.x.device)
-        digest.update(f"{len(part)} {part.top} {_name(part.view)}".encode())
-        if isinstance(part.x, Mapped):
-            digest.update(b"mapped")  # whose order is another one
-        columns: list[Tensor | Mapped] = [part.x, *part.context]
-        for each in columns:
-            digest.update(f"{tuple(each.shape)} {each.dtype}".encode())
-            digest.update(each[rows].contiguous().cpu().numpy().tobytes())
         if len(part):
-            noise = torch.Generator(rows.device).manual_seed(0)
-            scored = part.scored(torch.as_tensor(part.x[rows]), noise)
+            noise = torch.Generator(part.x.device).manual_seed(0)
+            scored = part.scored(torch.as_tensor(part.x[_some(part)]), noise)
             views.update(scored.contiguous().cpu().numpy().tobytes())
     groups = [
         {key: _plain(value) for key, value in group.items() if key != "params"}
@@ -70,11 +61,32 @@ def settings(
         # First, since a schedule may change the options of its optimizer.
         "schedule": schedule and _plain({"class": _name(type(schedule)), **state}),
         "optimizer": {"class": _name(type(optimizer)), "groups": groups},
-        "data": digest.hexdigest(),
+        "data": digest(data),
         "view": views.hexdigest(),
         "weights": hashlib.sha256("\n".join(shapes).encode()).hexdigest(),
         "parts": {name or "pair": _name(type(each)) for name, each in pair.named_modules()},
     }
+
+
+def digest(data: Data) -> str:
+    """Return what tells the data of a run from others: 1000 rows of each split, but of no test."""
+    found = hashlib.sha256()
+    for part in data.splits[:2]:
+        rows = _some(part)
+        found.update(f"{len(part)} {part.top} {_name(part.view)}".encode())
+        if isinstance(part.x, Mapped):
+            found.update(b"mapped")  # whose order is another one
+        columns: list[Tensor | Mapped] = [part.x, *part.context]
+        for each in columns:
+            found.update(f"{tuple(each.shape)} {each.dtype}".encode())
+            found.update(each[rows].contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _some(part: Split) -> Tensor:
+    """The numbers of 1000 rows from everywhere in a split, or of all."""
+    count = min(len(part), 1000)
+    return (torch.arange(count) * len(part) // max(count, 1)).to(part.x.device)
 
 
 def _name(each: Any) -> str:

@@ -26,6 +26,7 @@ __all__ = [
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ from pyro_vae import checkpoints, plots
 from pyro_vae.data import Data, Split, dequantised, dynamic, levels, load, plain, threshold
 from pyro_vae.distributions import Observed
 from pyro_vae.evaluation import bound
+from pyro_vae.identity import digest
 from pyro_vae.pairs import elementary
 from pyro_vae.parts import Blueprint, Part
 from pyro_vae.vae import VAE, as_pyro
@@ -109,6 +111,14 @@ class Run:
                 f"'{dataset.name}' has {len(dataset.train)} training data and had {before} when "
                 f"'{self.run}' was trained, so that its splits are others: put back what it was, "
                 f"or give it as --data"
+            )
+        had = checkpoints.began(Path(self.run) / "checkpoints").get("data")
+        if self.data is None and had is not None and digest(dataset) != had:
+            warnings.warn(
+                f"'{dataset.name}' holds other values than when '{self.run}' was trained, so that "
+                f"it may have been trained on some of this split: put back what it was, or give "
+                f"it as --data",
+                stacklevel=2,
             )
         part: Split = getattr(dataset, name)
         if not len(part):

@@ -342,6 +342,22 @@ def test_a_run_is_not_evaluated_on_data_that_have_grown(tmp_path, capsys):
     assert call(f"evaluate {tmp_path / 'run'} --samples 10 --data {tmp_path / 'x.npy'}") == 0
 
 
+@pytest.mark.filterwarnings("default:.* holds other values")
+def test_data_that_have_changed_are_noticed(tmp_path, capsys):
+    x = np.random.default_rng(0).random((60, 5))
+    np.save(tmp_path / "x.npy", x)
+    options = f"--data {tmp_path / 'x.npy'} --batch-size 10 --likelihood Normal"
+    assert call(f"{TRAIN} {options} --out {tmp_path / 'run'}") == 0
+    for changed, said in ((x, ""), (x[::-1], "'x' holds other values than when")):
+        np.save(tmp_path / "x.npy", changed)
+        capsys.readouterr()
+        assert call(f"evaluate {tmp_path / 'run'} --samples 0") == 0
+        assert said in (warned := capsys.readouterr().err)
+        assert bool(said) == bool(warned)
+    assert call(f"evaluate {tmp_path / 'run'} --samples 0 --data {tmp_path / 'x.npy'}") == 0
+    assert not capsys.readouterr().err
+
+
 def test_a_single_datum_is_refused_before_its_estimate(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((12, 5)))
     options = f"--data {tmp_path / 'x.npy'} --batch-size 4 --likelihood Normal"
