@@ -252,7 +252,7 @@ def interpolate(
         z = torch.lerp(start[:, None], end[:, None], line)
         between = [torch.lerp(c[:count, None], c[count:, None], line) for c in context]
         means = vae.decode(z, *between).mean.flatten(0, 1)
-    shown = _toned(vae, context, {"means": means})["means"]
+    shown = _toned(vae, context, {"data": x, "means": means})["means"]
     print_paths([plots.save(plots.grid(shown, steps), target)])
 
 
@@ -429,13 +429,19 @@ def _manifold(run: Run, vae: VAE, side: int, label: int | None = None) -> Figure
 def _toned(vae: VAE, context: Sequence[Tensor], rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Images with their black at 0 and their white at 1, by the support of the likelihood.
 
-    Grey levels are drawn over the greatest of 255, and counts over the greatest of them all.
+    Grey levels are drawn over the greatest of 255, counts over the greatest of them all, and
+    values without such bounds, where they leave [0, 1], over the range of the first row.
     """
-    element = support(vae, *context)
+    element, first = support(vae, *context), next(iter(rows.values()))
     low, high = bounds(element)
     if element.is_discrete and math.isnan(high):
         high = max(float(x.nan_to_num(0.0).max()) for x in rows.values())
-    if not high > low or next(iter(rows.values())).dim() != 4:
+    elif math.isnan(low + high):
+        values = first[first.isfinite()]
+        slack = 0.0 if "data" in rows else 0.25  # means of data in [0, 1] leave it a little
+        if ((values < -slack) | (values > 1 + slack)).any():
+            low, high = float(values.min()), float(values.max())
+    if not high > low or first.dim() != 4:
         return dict(rows)
     return {key: (x - low) / (high - low) for key, x in rows.items()}
 

@@ -400,6 +400,22 @@ def test_levels_are_drawn_from_black_to_white(trained, drawn):
     assert torch.equal(drawn["grid"][0], opened(folder).sample(9, mean=True) / 255)
 
 
+def test_values_without_bounds_are_drawn_over_the_range_of_the_data(here, drawn):
+    x = np.random.default_rng(0).normal(size=(60, 4, 4))
+    np.save("x.npy", x)
+    options = "--data x.npy --batch-size 10 --likelihood Normal --epochs 1 --latent 2"
+    assert call(f"train {options} --out run") == 0
+    assert call("reconstruct run --count 6 --out a.png") == 0
+    (rows,) = drawn["strip"]
+    given = data.load("x.npy").test.batch()[0]
+    low, high = given.min(), given.max()
+    assert sorted(((high - low) * rows["data"] + low).flatten().tolist()) == pytest.approx(
+        sorted(given.flatten().tolist()), abs=1e-5
+    )
+    means = opened("run").reconstruct((high - low) * rows["data"] + low)
+    assert torch.allclose((high - low) * rows["reconstruction"] + low, means, atol=1e-4)
+
+
 def test_counts_of_images_are_drawn_up_to_the_greatest(trained, drawn):
     folder, _ = trained("--likelihood Poisson --top 0.0625")
     assert call("reconstruct {run} --count 6 --out a.png", run=folder) == 0
