@@ -281,7 +281,7 @@ def manifold(
 
 
 def encode(run: Run, *, split: SplitName = "test", out: str | None = None) -> None:
-    """Write codes (the means of q(z|x)), their scales and the labels to an .npz file.
+    """Write codes (means of q(z|x), draws where it has none), scales, labels to an .npz file.
 
     Args:
         run: The run.
@@ -302,6 +302,8 @@ def encode(run: Run, *, split: SplitName = "test", out: str | None = None) -> No
     np.savez(content, **values)
     checkpoints.write(target, content.getvalue())
     print(f"{target}: " + ", ".join(f"{key} {each.shape}" for key, each in values.items()))
+    if not all(_knows(q, "mean") for q in codes):
+        print(f"z is one draw of q(z|x), by seed {run.seed}, where that has no mean")
 
 
 def pictures(run: Run, vae: VAE, part: Split, rows: Sequence[Mapping[str, float]]) -> list[Path]:
@@ -459,6 +461,7 @@ def support(vae: VAE, *context: Tensor) -> constraints.Constraint:
 
 
 def _code(posterior: Distribution) -> Tensor:
+    """Its mean, or a draw where that is not known."""
     return posterior.mean if _knows(posterior, "mean") else posterior.sample()
 
 

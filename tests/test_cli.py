@@ -703,6 +703,17 @@ def test_encode_writes_codes_scales_and_labels(grey, here, capsys):
     assert capsys.readouterr().out == "codes.npz: z (180, 3), scale (180, 3), labels (180,)\n"
 
 
+def test_codes_of_a_posterior_without_a_mean_are_said_to_be_draws(trained, here, capsys):
+    folder, _ = trained("--posterior Flow")
+    capsys.readouterr()
+    assert call("encode {run} --seed 3 --out codes.npz", run=folder) == 0
+    said = "z is one draw of q(z|x), by seed 3, where that has no mean"
+    assert capsys.readouterr().out.splitlines()[1:] == [said]
+    assert call("encode {run} --seed 3 --out again.npz", run=folder) == 0
+    with np.load("codes.npz") as codes, np.load("again.npz") as again:
+        np.testing.assert_array_equal(codes["z"], again["z"])
+
+
 @pytest.mark.parametrize("command", ["sample", "reconstruct", "interpolate", "encode"])
 def test_a_run_that_is_not_there_is_no_folder_to_make(command, capsys):
     said = "'nowhere' is no run: there is no file 'model.json' in it"
