@@ -53,6 +53,7 @@ _WORDS = {
     "bool": "true or false",
     "tuple": "a list",
     "list": "a list",
+    "Iterable": "a list such as [1,2]",
 }
 
 
@@ -503,7 +504,8 @@ def _part_worded(error: str, keys: Sequence[str]) -> str:
             find(value, kind)
         except (ValueError, TypeError) as unknown:
             return str(unknown)
-    words = [_WORDS[name] for name in re.findall(r"<class '(\w+)'>", reason) if name in _WORDS]
+    types = re.findall(r"<class '(?:\w+\.)*(\w+)'>", reason)
+    words = [_WORDS[name] for name in types if name in _WORDS]
     return f"{option} takes {words[0]}, not '{value}'" if words else " ".join(error.split())
 
 

@@ -888,6 +888,9 @@ MISUSE = {
     "train --prior.width 3": "prior Normal takes no option 'width'; it takes learned",
     "train --prior.learned maybe": "--prior.learned takes true or false, not 'maybe'",
     "train --optimizer.betas 3": "--optimizer.betas takes a list, not '3'",
+    "train --schedule MultiStepLR --schedule.milestones 1 2": (
+        "--schedule.milestones takes a list such as [1,2], not '1'"
+    ),
     "train --schedule StepLR": "schedule StepLR needs step_size: give it by --schedule.step_size",
     "train --schedule StepLR --schedule.step_size x": "--schedule.step_size takes a whole number",
     "train --schedule.step_size 3": "give the schedule by --schedule before its options",
