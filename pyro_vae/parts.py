@@ -39,6 +39,9 @@ KINDS: dict[str, tuple[Any, ...]] = {
 _PARTS = ("prior", "likelihood", "posterior")
 # Rows on disk that parts may look at.
 _ROWS = 10_000
+# Classes that need a function or other schedules, gradients of another kind, or matrices alone.
+_BEYOND = {"ChainedScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR"}
+_BEYOND |= {"Muon", "SparseAdam"}
 ACTIVATIONS = ("ELU", "GELU", "Identity", "LeakyReLU", "ReLU", "SiLU", "Softplus", "Tanh")
 
 
@@ -316,8 +319,9 @@ def make(part: Part, kind: str, *, allow: Collection[str] | None = None, **given
 
 
 def named(kind: str) -> list[str]:
-    """Return the names of the classes of a kind that train and need no import path."""
-    return sorted(name for name, each in _classes(kind).items() if not _step_needs(each))
+    """Return the names of the classes of a kind that train by plain options, without a path."""
+    known = {name: each for name, each in _classes(kind).items() if name not in _BEYOND}
+    return sorted(name for name, each in known.items() if not _step_needs(each))
 
 
 def _classes(kind: str) -> dict[str, type]:

@@ -282,6 +282,15 @@ def test_missing_is_no_likelihood_to_name():
     assert "Missing" not in named("likelihood")
 
 
+def test_what_cannot_train_by_plain_options_is_not_named():
+    schedules, optimizers = named("schedule"), named("optimizer")
+    assert {"StepLR", "MultiStepLR"} <= set(schedules)
+    assert {"Adam", "RMSprop"} <= set(optimizers)
+    assert not {"ChainedScheduler", "SequentialLR", "LambdaLR", "MultiplicativeLR"} & {*schedules}
+    assert not {"Muon", "SparseAdam", "LBFGS"} & {*optimizers}
+    assert find("LambdaLR", "schedule") is torch.optim.lr_scheduler.LambdaLR
+
+
 def test_layers_are_gated_and_blocks_added_in_both_networks():
     blueprint = Blueprint(**SMALL, gated=True, activation="Identity")
     for network in networks(blueprint):
