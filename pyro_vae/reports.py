@@ -79,7 +79,7 @@ def evaluate(
         particles: Draws of z for each datum, whose bounds are averaged (without importance
             weights).
         samples: Draws K for each datum in the importance-sampling estimate L_K of log p(x); 0
-            to leave it out.
+            to leave it out, and without --json all but a line on the bound.
         threads: Threads of the processor (default: as many as torch takes).
         json: Print JSON in place of the table; its "reliable" is false where L_K is not to be
             trusted for some data, and null where there are too few samples to tell.

@@ -342,6 +342,20 @@ def test_a_run_is_not_evaluated_on_data_that_have_grown(tmp_path, capsys):
     assert call(f"evaluate {tmp_path / 'run'} --samples 10 --data {tmp_path / 'x.npy'}") == 0
 
 
+def test_the_help_says_what_no_samples_leave_out(copy, capsys):
+    with pytest.raises(SystemExit):
+        call("evaluate --help")
+    said = "0 to leave it out, and without --json all but a line on the bound"
+    assert said in " ".join(capsys.readouterr().out.split())
+    (copy / "evaluation-test.npz").unlink()
+    assert call(f"evaluate {copy} --samples 0") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("test: ELBO")
+    assert not (copy / "evaluation-test.npz").exists()
+    assert call(f"evaluate {copy} --samples 0 --json") == 0
+    assert (copy / "evaluation-test.npz").exists()
+
+
 @pytest.mark.filterwarnings("default:.* holds other values")
 def test_data_that_have_changed_are_noticed(tmp_path, capsys):
     x = np.random.default_rng(0).random((60, 5))
