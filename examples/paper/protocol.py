@@ -5,7 +5,7 @@ drawn from N(0, 0.01), a N(0, I) prior on all of them, Adagrad with the step siz
 0.1} that does best at first, minibatches of 100, one draw of z. Whether 0.01 is a variance or a
 standard deviation the paper does not say; 0.01 as the standard deviation is closer to its curves
 at 300,000 samples, and as the variance at 10 million. What else it leaves open is chosen in
-`DATA` and in `step_size`.
+`DATA` and in `tried`.
 """
 
 import argparse
