@@ -261,6 +261,8 @@ def _estimated(
     before += sorted(path.parent.glob(f"evaluation-{split}-L_{samples}*.npz"))
     kept = next(filter(None, (_read(each, key) for each in before)), None)
     done = [_restored(kept, samples)] if kept else []
+    if ranks.first:
+        _set_aside(path, key)
     start = len(done[0].log_likelihood) if done else 0
     shown = f"L_{samples}" if ranks.first else ""
     with tqdm(
@@ -323,7 +325,8 @@ def _set_aside(path: Path, key: str) -> list[Path]:
     if before == key or int(samples) <= (int(count) if what == now else 0):
         return []
     ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    names = (path.with_name(f"{path.stem}-L_{samples}{end}.npz") for end in ends)
+    stem = path.stem.removesuffix(".part")
+    names = (path.with_name(f"{stem}-L_{samples}{end}.npz") for end in ends)
     return [path.replace(next(each for each in names if _key_of(each) in (before, "")))]
 
 

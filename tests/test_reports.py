@@ -153,6 +153,23 @@ def test_an_estimate_outlives_what_fails_after_it(copy, monkeypatch, capsys):
     assert not (copy / "evaluation-test.part.npz").exists()
 
 
+def test_a_stopped_estimate_goes_on_after_a_cheap_one(copy, monkeypatch):
+    monkeypatch.setattr(reports, "_BLOCK", 100)
+    true, counts = reports.log_likelihood, []
+
+    def stopping(vae, rows, **options):
+        counts.append(len(rows[0]))
+        if len(counts) == 2:
+            raise KeyboardInterrupt
+        return true(vae, rows, **options)
+
+    monkeypatch.setattr(reports, "log_likelihood", stopping)
+    for samples, status in ((60, 130), (10, 0), (60, 0)):
+        assert call(f"evaluate {copy} --samples {samples}") == status
+    assert counts == [100, 80, 100, 80, 80]
+    assert len(arrays(copy)["log_likelihood"]) == 180
+
+
 def test_threads_are_those_asked_for_and_put_back(copy, monkeypatch):
     seen, true = [], reports.bound
 
