@@ -72,7 +72,7 @@ class Graph:
     Attributes:
         module: The operations, from the inputs followed by `held` to the outputs.
         held: The tensors that the programs hold, by reference.
-        changed: Identities of those of them that the operations change in place.
+        changed: Identities of those of them, and of inputs, that the operations change in place.
         copied: Numbers that the programs hold on the CPU, such as the weight of an objective,
             and their copies on the GPU, which stand in `held` in their place.
     """
@@ -210,7 +210,7 @@ def capture(
     module.graph.eliminate_dead_code()
     _place(module)
     held = _lift(module)
-    return _moved(Graph(module, held, _changed(module, held)), inputs)
+    return _moved(Graph(module, held, _changed(module, [*inputs, *held])), inputs)
 
 
 class _Recording(TorchFunctionMode):
@@ -445,9 +445,9 @@ def _lift(module: fx.GraphModule) -> list[Tensor]:
     return list(held.values())
 
 
-def _changed(module: fx.GraphModule, held: Sequence[Tensor]) -> Set[int]:
-    """Identities of the held tensors that an operation writes to."""
-    nodes = [node for node in module.graph.nodes if node.op == "placeholder"][-len(held) :]
+def _changed(module: fx.GraphModule, given: Sequence[Tensor]) -> Set[int]:
+    """Identities of the tensors that a graph is given and that an operation writes to."""
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
     written = {
         _origin(node.args[index])
         for node in module.graph.nodes
@@ -455,7 +455,7 @@ def _changed(module: fx.GraphModule, held: Sequence[Tensor]) -> Set[int]:
         for index, each in enumerate(node.target._schema.arguments[: len(node.args)])
         if each.is_write or (node.target is _aten.native_batch_norm.default and index in (3, 4))
     }
-    return {id(value) for node, value in zip(nodes, held, strict=False) if node in written}
+    return {id(value) for node, value in zip(nodes, given, strict=True) if node in written}
 
 
 def _origin(value: Any) -> Any:

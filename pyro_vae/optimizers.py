@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Share", "fused", "optimizer_of", "stepper", "update"]
+__all__ = ["Share", "begun", "fused", "later", "optimizer_of", "stepper", "update"]
 
 import copy
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,10 +49,21 @@ def later(optim: Any, optimizer: Optimizer, parameters: Sequence[Tensor]) -> lis
         if saved is None:
             plain.append(each)
             continue
-        (options,) = saved["param_groups"]
-        groups.append({**options, "params": [each]})
-        optimizer.state[each] = copy.deepcopy(saved["state"].get(0, {}))
+        alone = copy.copy(optimizer)
+        alone.state, alone.param_groups = (
+            defaultdict(dict),
+            [{**optimizer.defaults, "params": [each]}],
+        )
+        alone.load_state_dict(saved)  # which brings it to where the parameter is
+        groups += alone.param_groups
+        optimizer.state[each] = alone.state[each]
     return [*groups, *([{"params": plain}] if plain else [])]
+
+
+def begun(optim: Any, parameter: Tensor) -> bool:
+    """Whether an optimiser, of torch's or Pyro's, has a state of a parameter."""
+    own = optim.optim_objs.get(parameter) if isinstance(optim, PyroOptim) else optim
+    return own is not None and bool(own.state.get(parameter))
 
 
 def optimizer_of(make: Callable[..., Optimizer], parameters: Iterable[Tensor]) -> Optimizer:
@@ -245,6 +257,11 @@ class Share:
 
     def __init__(self, optimizer: Optimizer, parameter: Tensor) -> None:
         self.fused, self.parameter = optimizer, parameter
+
+    @property
+    def state(self) -> Mapping[Tensor, Any]:
+        """The fused optimiser's, of all of its parameters."""
+        return self.fused.state
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -7,13 +7,17 @@ __all__ = [
     "append_state",
     "called",
     "changed",
+    "float_type",
     "kind",
     "numbers",
+    "precision",
+    "put_back",
     "reached",
     "restored",
     "unassigned",
     "undrawn",
     "ungraded",
+    "unmade",
     "unseen",
 ]
 
@@ -21,14 +25,16 @@ import contextlib
 import inspect
 import random
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
@@ -118,7 +124,8 @@ def called(known: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
         hook.remove()
         with torch.no_grad():
             for each, value in kept:
-                each.copy_(value)
+                if not _equal(each, value):
+                    each.copy_(value)
         modules += [module for each in found if (module := each()) is not None]
 
 
@@ -160,10 +167,10 @@ def unseen(leaves: Sequence[Any]) -> list[str]:
 
 
 def numbers(held: Sequence[Any]) -> dict[tuple[int, str], Any]:
-    """The plain attributes of some objects, as far as a run may not change them."""
+    """The plain attributes of some objects by identity, as far as a run may not change them."""
     return {
-        (index, name): value
-        for index, each in enumerate(held)
+        (id(each), name): value
+        for each in held
         for name, value in getattr(each, "__dict__", {}).items()
         if isinstance(value, (bool, int, float, str)) and name != "max_plate_nesting"
     }
@@ -251,3 +258,57 @@ def _tables(held: Any) -> list[dict[str, Any]]:
     if isinstance(held, nn.Module) and not isinstance(held, torch.jit.ScriptModule):
         tables += [held._parameters, held._buffers]
     return tables
+
+
+@contextlib.contextmanager
+def unmade() -> Iterator[None]:
+    """Undo and refuse that a capture makes parameters, which would be its fake tensors."""
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    finally:
+        new = [name for name in store.keys() if name not in before]  # noqa: SIM118
+        for name in new:
+            del store[name]
+    if new:
+        raise NotCapturableError(f"its parameter '{new[0]}' is not made by the first run")
+
+
+def put_back(trace: poutine.Trace, before: Mapping[str, Tensor]) -> list[str]:
+    """Undo what a run has assigned to the param store beside making its parameters.
+
+    `before` is what was there. Returns the names of these entries.
+    """
+    store = pyro.get_param_store()
+    now = dict(store.named_parameters())
+    assigned = [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "param" and name in now
+        if now[name] is not before.get(name, site["value"].unconstrained())
+    ]
+    for name in assigned:
+        store[name] = trace.nodes[name]["value"].detach()
+    return assigned
+
+
+def precision() -> tuple[Any, ...]:
+    """Settings of torch's that a graph keeps as they were when it was captured."""
+    autocast = [
+        (torch.is_autocast_enabled(each), torch.get_autocast_dtype(each))
+        for each in ("cpu", "cuda")
+    ]
+    exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return *autocast, *exact
+
+
+def float_type(
+    leaves: Sequence[Any], modules: Iterable[nn.Module], others: Iterable[Tensor]
+) -> torch.dtype:
+    """The type of the numbers among a graph's inputs, in which no single tensor is promoted."""
+    within = (each for module in modules for each in module.parameters())
+    tensors = (each for each in (*leaves, *others, *within) if isinstance(each, Tensor))
+    double = any(each.dtype == torch.float64 for each in tensors)
+    single = torch.promote_types(torch.float32, torch.get_default_dtype())
+    return torch.float64 if double else single

@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_vae.capture import Graph, NotCapturableError, capture
-from pyro_vae.optimizers import Share, later, stepper, update
+from pyro_vae.optimizers import Share, begun, later, stepper, update
 from pyro_vae.pairs import undisturbed
 from pyro_vae.scoring import validation
 from pyro_vae.state import (
@@ -36,13 +36,17 @@ from pyro_vae.state import (
     append_state,
     called,
     changed,
+    float_type,
     kind,
     numbers,
+    precision,
+    put_back,
     reached,
     restored,
     unassigned,
     undrawn,
     ungraded,
+    unmade,
     unseen,
 )
 
@@ -62,8 +66,9 @@ class CompiledSVI:
 
     Model, guide and objective are run once for each kind of input and kept as a graph of tensor
     operations, gradients included, which later steps repeat without Pyro's handlers. The numbers
-    are those of `pyro.infer.SVI`: captured, gradients are equal bit for bit on a CPU, and to
-    rounding on a GPU or compiled, from the same random stream. In any mode the programs first run
+    are those of `pyro.infer.SVI`: captured, gradients are equal bit for bit on a CPU, but for what
+    programs compute from floats, and to rounding on a GPU or compiled, from the same random
+    stream. In any mode the programs first run
     once eagerly, with Pyro's validation on and random state, buffers and arguments put back, so
     that a wrong program fails with Pyro's message before anything is changed. Initial values that
     are drawn at random are drawn then, and the first step has the same random numbers again.
@@ -83,8 +88,8 @@ class CompiledSVI:
     variables, tensors that take another's place there, and draws of Python's or NumPy's
     generators and of generators that a program makes, stay in a graph as they were when it was
     captured. After changing one call `recapture`. An attribute that changes with every run is
-    noticed, and its program runs eagerly; so is another tensor in an attribute of a module or of
-    the objective.
+    noticed, and its program runs eagerly; so is another tensor in the place of one in an attribute
+    of a module or of the objective, which has a graph of its own.
 
     Args:
         model: The model, any callable with Pyro primitives.
@@ -154,7 +159,6 @@ class CompiledSVI:
         self._parameters: dict[int, Tensor] = {}  # by identity, so that each counts once
         self._names: dict[int, str] = {}  # of those that can be watched
         self._stored: list[str] = []  # of those in the param store
-        self._sloped: set[int] = set()  # those that have had a gradient
         self._missed = 0  # calls in a row for which there was no graph
 
     def step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -209,12 +213,8 @@ class CompiledSVI:
         run = self._runs.get(key)
         self._missed = 0 if run else self._missed + 1
         if run is None:
-            if self._missed == _GRAPHS and self.mode != "eager":
-                warnings.warn(
-                    f"each of the last {_GRAPHS} calls has captured a graph of its own, for other "
-                    f"arguments or attributes: mode='eager' is faster where none comes again",
-                    stacklevel=3,
-                )
+            if self._missed > _GRAPHS and self.mode != "eager":
+                return self._missing(method, leaves, structure)
             with undrawn():
                 run = self._prepared(method, leaves, structure)
             # Anew, since the first run of a program may make its parameters.
@@ -225,12 +225,24 @@ class CompiledSVI:
             self._runs.move_to_end(key)
         return run(leaves)
 
+    def _missing(self, method: str, leaves: Sequence[Any], structure: Any) -> Tensor:
+        """Run eagerly once, since the last calls had a graph each and this one has none."""
+        if self._missed == _GRAPHS + 1:
+            warnings.warn(
+                f"each of the last {_GRAPHS} calls has captured a graph of its own, for other "
+                f"arguments or attributes; calls run eagerly until one of these comes again. "
+                f"Tensors in attributes are better filled in place, by fill_ or copy_",
+                stacklevel=4,
+            )
+        self._check(method, leaves)
+        return self._eager(method, structure, leaves)
+
     def _state(self, leaves: Sequence[Any]) -> Any:
         """What a graph depends on and does not take as an input."""
         if self.mode == "eager":
             return None
         state = [bool(_PYRO_STACK), torch.is_grad_enabled(), torch.get_default_dtype()]
-        state += [*_precision(), *map(kind, leaves)]
+        state += [*precision(), *map(kind, leaves)]
         for module in self._modules:
             append_state(module, state)
         state += [id(table.get(name)) for table, name in self._kept]
@@ -242,15 +254,10 @@ class CompiledSVI:
 
     def _prepared(self, method: str, leaves: Sequence[Any], structure: Any) -> Run:
         """Run the programs once eagerly, and return how they run from then on."""
-        self._check_devices(leaves)
-        for key in self._replaced() if method == "loss_and_grads" else ():
-            raise ValueError(
-                f"the parameter '{self._names[key]}' was replaced, and the optimizer has the one "
-                f"before: call recapture() to go on with the new one, or make a new CompiledSVI"
-            )
+        self._check(method, leaves)
         parameters, changing = self._rehearse(method, leaves, structure)
         self._watch(parameters)
-        dtype = _float(leaves, self._modules, parameters.values())
+        dtype = float_type(leaves, self._modules, parameters.values())
         if method != "loss_and_grads":
             parameters = {}
         if self.mode != "eager" and not _PYRO_STACK:
@@ -281,20 +288,27 @@ class CompiledSVI:
             loss = copy.deepcopy(self.loss)
         except Exception:  # for whatever an objective of the user's own holds
             loss = self.loss
+        objects = dict[int, Any]()
         first: dict[tuple[int, str], Any] = {}
-        reasons = list[str]()
-        for _ in range(2):
-            held = self._held(loss)
-            before = numbers(held)
-            parameters, reasons = self._run_through(loss, method, leaves, structure)
-            different = changed(held, before)
-            first = different | first
-            if not different:
-                break
-            reasons.insert(0, f"its attribute '{next(iter(different))[1]}' changes with every run")
-        else:
-            for (index, name), value in first.items():
-                vars(held[index])[name] = value
+        again = True
+        try:
+            for _ in range(2):
+                held = self._held(loss)
+                before = numbers(held)
+                objects |= {id(each): each for each in held}
+                try:
+                    parameters, reasons = self._run_through(loss, method, leaves, structure)
+                finally:
+                    different = changed(held, before)
+                    first = different | first
+                if not different:
+                    again = False
+                    break
+                _, name = next(iter(different))
+                reasons.insert(0, f"its attribute '{name}' changes with every run")
+        finally:
+            for (key, name), value in first.items() if again else ():
+                vars(objects[key])[name] = value
         if math.isinf(self.loss.max_plate_nesting):
             self.loss.max_plate_nesting = loss.max_plate_nesting  # which the run has found out
         return parameters, reasons[0] if reasons else None
@@ -328,7 +342,7 @@ class CompiledSVI:
             for parameter in parameters.values():
                 parameter.grad = None
         reasons += [f"an argument of type {each} is no tensor" for each in unseen(leaves)]
-        for name in _put_back(traced.trace, stored):
+        for name in put_back(traced.trace, stored):
             parameters.pop(name, None)
             reasons.append(f"its parameter '{name}' is assigned with every run")
         return parameters, reasons
@@ -387,9 +401,9 @@ class CompiledSVI:
         # Some random operations have no rule for their shape, and are done to find it out.
         forked = torch.random.fork_rng(devices=_gpus(inputs, parameters))
         held = self._held(self.loss)
-        with forked, restored(loose), unassigned(held), _unmade():
+        with forked, restored(loose), unassigned(held), unmade():
             graph = capture(objective, inputs, parameters)
-        if not graph.changed <= {id(each) for each in loose}:
+        if not graph.changed <= {id(each) for each in (*loose, *inputs)}:
             raise NotCapturableError("it changes a tensor in place that is kept out of sight")
         function = self._function(graph, inputs)
         known = [leaf for free, leaf in zip(tensors, leaves, strict=True) if not free]
@@ -407,21 +421,18 @@ class CompiledSVI:
         """Leave gradients with the parameters, in place of all earlier ones.
 
         As with `pyro.infer.SVI`, one that a run has and nothing depends on has a gradient of 0
-        from its first other one on: momentum goes on.
+        where the optimiser has a state of it, as momentum, which goes on.
         """
         for each in self._parameters.values():
             each.grad = None
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                self._sloped.add(id(parameter))
-            elif id(parameter) in self._sloped:
+            if gradient is None and begun(self.optimizer or self.optim, parameter):
                 gradient = torch.zeros_like(parameter)
             parameter.grad = gradient
 
     def _function(self, graph: Graph, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        still = [each for each in graph.held if id(each) in graph.changed]
-        changing = restored([*still, *(each.detach() for each in inputs)])
-        with torch.random.fork_rng(devices=_gpus(inputs, graph.held)), changing:
+        still = [each for each in (*inputs, *graph.held) if id(each) in graph.changed]
+        with torch.random.fork_rng(devices=_gpus(inputs, graph.held)), restored(still):
             if self.mode == "compiled":
                 try:
                     function = graph.compiled(inputs)
@@ -434,6 +445,8 @@ class CompiledSVI:
             try:
                 function = graph.interpreted(inputs)
                 function(*inputs)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # operations whose graph does not run, as of an LSTM
                 raise NotCapturableError(f"its graph does not run: {_line(error)}") from error
             return function
@@ -495,7 +508,13 @@ class CompiledSVI:
         places = (each.device for each in (*tensors, *parameters))
         return next((place for place in places if place.type == "cuda"), None)
 
-    def _check_devices(self, leaves: Sequence[Any]) -> None:
+    def _check(self, method: str, leaves: Sequence[Any]) -> None:
+        """Refuse batches on another device, and steps of parameters that were replaced."""
+        for key in self._replaced() if method == "loss_and_grads" else ():
+            raise ValueError(
+                f"the parameter '{self._names[key]}' was replaced, and the optimizer has the one "
+                f"before: call recapture() to go on with the new one, or make a new CompiledSVI"
+            )
         places = {p.device for module in self._modules for p in module.parameters()}
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.dim() and places and leaf.device not in places:
@@ -552,16 +571,6 @@ def _line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _float(
-    leaves: Sequence[Any], modules: Iterable[nn.Module], others: Iterable[Tensor]
-) -> torch.dtype:
-    """The type of the numbers among a graph's inputs, in which no single tensor is promoted."""
-    within = (each for module in modules for each in module.parameters())
-    tensors = (each for each in (*leaves, *others, *within) if isinstance(each, Tensor))
-    double = any(each.dtype == torch.float64 for each in tensors)
-    return torch.float64 if double else torch.get_default_dtype()
-
-
 def _inputs(
     leaves: Sequence[Any], device: torch.device | None, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -585,49 +594,6 @@ def _inputs(
 def _gpus(*tensors: Sequence[Tensor]) -> list[torch.device]:
     """The GPUs on which some tensors lie, whose random state is to be put back."""
     return list({each.device for group in tensors for each in group if each.device.type == "cuda"})
-
-
-@contextlib.contextmanager
-def _unmade() -> Iterator[None]:
-    """Undo and refuse that a capture makes parameters, which would be its fake tensors."""
-    store = pyro.get_param_store()
-    before = set(store.keys())
-    try:
-        yield
-    finally:
-        new = [name for name in store.keys() if name not in before]  # noqa: SIM118
-        for name in new:
-            del store[name]
-    if new:
-        raise NotCapturableError(f"its parameter '{new[0]}' is not made by the first run")
-
-
-def _precision() -> tuple[Any, ...]:
-    """Settings of torch's that a graph keeps as they were when it was captured."""
-    autocast = [
-        (torch.is_autocast_enabled(each), torch.get_autocast_dtype(each))
-        for each in ("cpu", "cuda")
-    ]
-    exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    return *autocast, *exact
-
-
-def _put_back(trace: poutine.Trace, before: Mapping[str, Tensor]) -> list[str]:
-    """Undo what a run has assigned to the param store beside making its parameters.
-
-    `before` is what was there. Returns the names of these entries.
-    """
-    store = pyro.get_param_store()
-    now = dict(store.named_parameters())
-    assigned = [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "param" and name in now
-        if now[name] is not before.get(name, site["value"].unconstrained())
-    ]
-    for name in assigned:
-        store[name] = trace.nodes[name]["value"].detach()
-    return assigned
 
 
 def _unique(trace: poutine.Trace) -> dict[str, Tensor]:

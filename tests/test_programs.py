@@ -474,7 +474,61 @@ def test_a_parameter_that_only_a_later_run_makes_is_no_fake():
 
 def test_a_graph_for_every_call_is_told_of():
     svi = CompiledSVI(standard, centred, OPTIMISERS["SGD"](), Trace_ELBO(), mode="captured")
-    for rows in range(2, 9):
+    for rows in range(2, 10):
         svi.step(X[:rows])
     with pytest.warns(UserWarning, match="each of the last 8 calls has captured"):
-        svi.step(X[:9])
+        svi.step(X[:10])
+    for rows in (11, 9, 12):  # eagerly, from a graph, and captured again
+        svi.step(X[:rows])
+    assert len(svi._runs) == 8
+    assert svi.mode == "captured"
+
+
+class Counter(nn.Module):
+    """It counts its runs, and makes a child in the first one."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
+    def forward(self, x):
+        if not hasattr(self, "late"):
+            self.late = nn.Identity()
+        self.n += 1
+        return self.late(x)
+
+
+@pytest.mark.filterwarnings("ignore:the program cannot be captured")
+@pytest.mark.parametrize("mode", ["eager", "captured"])
+def test_counters_have_counted_the_steps_alone(mode):
+    both = nn.Sequential(Counter(0), Counter(100))
+    svi = CompiledSVI(
+        lambda x: standard(both(x)), centred, OPTIMISERS["SGD"](), Trace_ELBO(), mode=mode
+    )
+    svi.step(X)
+    assert [each.n for each in both] == [1, 101]
+    assert not hasattr(both[1].late, "n")
+
+
+def test_a_first_run_that_fails_leaves_attributes_as_they_were():
+    counter = Counter(0)
+
+    def model(x):
+        counter(x)
+        raise RuntimeError("no such model")
+
+    svi = CompiledSVI(model, centred, OPTIMISERS["SGD"](), Trace_ELBO(), mode="captured")
+    with pytest.raises(RuntimeError, match="no such model"):
+        svi.step(X)
+    assert counter.n == 0
+
+
+def test_a_buffer_that_overlaps_itself_is_let_be():
+    hidden = SimpleNamespace(networks={"a": [nn.Linear(3, 3)]})
+    hidden.networks["a"][0].register_buffer("wide", torch.zeros(1).expand(3))
+
+    def model(x):
+        decoded(x, hidden.networks["a"][0])
+
+    svi = CompiledSVI(model, centred, OPTIMISERS["SGD"](), Trace_ELBO(), mode="captured")
+    assert svi.step(X).isfinite()

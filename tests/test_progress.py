@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from linear import linear_vae
@@ -37,6 +38,8 @@ from torch.optim.lr_scheduler import (
 from pyro_vae import MLP, VAE, checkpoints, data, fit, likelihoods, posteriors, priors, training
 from pyro_vae.objectives import IWAE, BetaELBO
 from pyro_vae.progress import Progress, Standing, Stopped
+from pyro_vae.splits import Data, Split
+from pyro_vae.vae import declare
 
 ROWS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 WITH = {"epochs": 5, "batch_size": 7, "progress": False, "seed": 4, "mode": "eager"}
@@ -766,3 +769,45 @@ def test_the_first_gradient_that_is_nan_is_named_under_clipping():
 def test_care_that_makes_no_sense_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         trained(**options)
+
+
+class Labelled(nn.Module):
+    """A pair with a network for labels, which only batches with a label use."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.head = nn.Linear(4, 4), nn.Linear(2, 4), nn.Linear(2, 1)
+
+    def model(self, x, label):
+        declare(self)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+            has = label >= 0
+            if has.any():
+                with pyro.poutine.mask(mask=has):
+                    pyro.sample("y", dist.Normal(self.head(z)[:, 0], 1.0), obs=label)
+
+    def guide(self, x, label):
+        declare(self)
+        loc, scale = self.encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+
+def test_momentum_of_parameters_that_few_batches_use_goes_on(tmp_path):
+    label = torch.full((len(ROWS),), -1.0)
+    label[:3] = 1.0
+    none = Split(ROWS[:0], (label[:0],))
+    given = Data(Split(ROWS, (label,)), none, none)
+    ends = []
+    for name, parts in (("whole", [3]), ("broken", [1, 2, 3])):
+        for epochs in parts:
+            pyro.set_rng_seed(0)
+            pair = Labelled()
+            fit(
+                pair, given, **{**WITH, "epochs": epochs, "batch_size": 2}, warmup=0.0,
+                optimizer=partial(Adam, lr=1e-2), run=tmp_path / name, resume=epochs > parts[0],
+            )  # fmt: skip
+        ends.append(list(pair.parameters()))
+    assert all(map(torch.equal, *ends))
