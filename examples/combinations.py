@@ -255,7 +255,7 @@ def general(sentence: str) -> str:
     """A refusal without the figures and names in which it differs from cell to cell."""
     for pattern, general in (
         (r"^\d+ (values|data)", r"… \1"),
-        (r", (row )?\S+ for one", ", … for one"),
+        (r", (row )?\S+( of a batch)? for one", ", … for one"),
         (r"support of \w+", "support of its law"),
         (r" \([A-Z]\w+\)", ""),
         (r"^(IWAE|Renyi) cannot", "the objective cannot"),

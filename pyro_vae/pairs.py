@@ -251,7 +251,7 @@ def _check_support(name: str, site: Any, x: Tensor) -> None:
     row = int((~inside).nonzero()[0, 0])
     shown = f", {example[0]:g} for one"
     if whole:  # `fit` has shuffled them
-        shown = f", row {row} for one of a batch of {len(value):,}, whatever row it has in a file"
+        shown = f", row {row} of a batch for one"
     raise ValueError(
         f"{outside} {'data' if whole else 'values'} of {name} lie outside the support of "
         f"{family(site['fn'])}{_described(element)}{shown}: {_advice(element, example)}"

@@ -305,7 +305,7 @@ def test_a_discrete_posterior_of_a_continuous_prior_is_refused():
         (
             likelihoods.Multinomial,
             torch.eye(6)[:, :4],
-            "2 data .* positive\\), row 4 for one of a batch of 6, whatever row it has in a file",
+            "2 data .* positive\\), row 4 of a batch for one",
         ),
         (likelihoods.Multinomial, torch.ones(6, 4) / 2, "6 data of x lie outside .* Multinomial"),
     ],
