@@ -68,17 +68,18 @@ class CompiledSVI:
     operations, gradients included, which later steps repeat without Pyro's handlers. The numbers
     are those of `pyro.infer.SVI`: captured, gradients are equal bit for bit on a CPU, but for what
     programs compute from floats, and to rounding on a GPU or compiled, from the same random
-    stream. In any mode the programs first run
-    once eagerly, with Pyro's validation on and random state, buffers and arguments put back, so
-    that a wrong program fails with Pyro's message before anything is changed. Initial values that
-    are drawn at random are drawn then, and the first step has the same random numbers again.
+    stream. In any mode the programs first run once eagerly, with Pyro's validation on and random
+    state, buffers and arguments put back, so that a wrong program fails with Pyro's message before
+    anything is changed. Initial values that are drawn at random are drawn then, and the first step
+    has the same random numbers again.
 
     A graph stands for one shape, type and device of every tensor, one value of every other
     argument but floats, which are inputs of the graph, and one state of the modules that the
     programs belong to: training or evaluation, frozen or trained, and which parameters they
-    have. Another one is captured anew, and the last eight are kept. A program that has no one
-    graph, since it branches on values or enumerates, is told of once and runs eagerly, as does a
-    call under handlers of Pyro's, such as ``with poutine.scale(scale=0.1):``.
+    have. Another one is captured anew, and the last eight are kept; after eight calls in a row
+    that each had a new one, calls run eagerly until one of these comes again. A program that has
+    no one graph, since it branches on values or enumerates, is told of once and runs eagerly, as
+    does a call under handlers of Pyro's, such as ``with poutine.scale(scale=0.1):``.
 
     On a GPU a graph all of whose tensors lie there, but for single numbers, becomes a CUDA graph:
     its kernels start together. One that waits for the GPU stays as it is. `loss_and_grads` leaves
