@@ -25,7 +25,7 @@ from pyro_vae.scoring import (
     Rows,
     at_a_time,
     batches,
-    numbers,
+    checked,
     validation,
     whole,
 )
@@ -426,7 +426,7 @@ def _schedule(distributions: int) -> list[float]:
 def _averaged(log_w: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chains = len(log_w)
     # Where all weights are 0, these stand for any finite peak.
-    peak = numbers(log_w).amax(0).clamp(min=torch.finfo(log_w.dtype).min)
+    peak = checked(log_w).amax(0).clamp(min=torch.finfo(log_w.dtype).min)
     weights = (log_w - peak).exp()
     effective = (weights.sum(0).square() / weights.square().sum(0)).nan_to_num(0.0)
     error = (1 / effective - 1 / chains).clamp(min=0).sqrt()
@@ -449,7 +449,7 @@ def _appendix(
         scores.append(point.joint)
         accepted.append(chance.mean(0))
     z, half = torch.stack(drawn), samples // 2
-    joint = numbers(torch.stack(scores))
+    joint = checked(torch.stack(scores))
     ratios = _gaussians(z[:half], path.scale.double(), z) - joint
     share = torch.full_like(joint[0], -math.log(chains))
     for _ in range(3):

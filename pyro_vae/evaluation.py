@@ -26,7 +26,7 @@ from pyro_vae.scoring import (
     batches,
     check_plate,
     check_sites,
-    numbers,
+    checked,
     validation,
     whole,
     worded,
@@ -494,4 +494,4 @@ def _scored_grid(
     points = low + (high - low) * torch.cartesian_prod(*[unit] * len(low)).reshape(-1, len(low))
     size = at_a_time(batch)
     parts = points[:, None].split(size)
-    return points, numbers(torch.cat([programs.log_joint(batch, part)[:, 0] for part in parts]))
+    return points, checked(torch.cat([programs.log_joint(batch, part)[:, 0] for part in parts]))

@@ -49,15 +49,19 @@ def later(optim: Any, optimizer: Optimizer, parameters: Sequence[Tensor]) -> lis
         if saved is None:
             plain.append(each)
             continue
-        alone = copy.copy(optimizer)
-        alone.state, alone.param_groups = (
-            defaultdict(dict),
-            [{**optimizer.defaults, "params": [each]}],
-        )
+        alone = _alone(optimizer, each, optimizer.defaults)
+        alone.state = defaultdict(dict)
         alone.load_state_dict(saved)  # which brings it to where the parameter is
         groups += alone.param_groups
         optimizer.state[each] = alone.state[each]
     return [*groups, *([{"params": plain}] if plain else [])]
+
+
+def _alone(optimizer: Optimizer, parameter: Tensor, options: Mapping[str, Any]) -> Optimizer:
+    """An optimiser like another one, with the same state, and one parameter."""
+    alone = copy.copy(optimizer)
+    alone.param_groups = [{**options, "params": [parameter]}]
+    return alone
 
 
 def begun(optim: Any, parameter: Tensor) -> bool:
@@ -271,9 +275,7 @@ class Share:
 
     def step(self, *args: Any) -> Any:
         """Step this parameter alone."""
-        alone = copy.copy(self.fused)  # which has the same state
-        alone.param_groups = [{**self.param_groups[0], "params": [self.parameter]}]
-        return alone.step(*args)
+        return _alone(self.fused, self.parameter, self.param_groups[0]).step(*args)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as that of an optimiser of this parameter alone."""

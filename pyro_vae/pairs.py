@@ -23,12 +23,12 @@ from pyro.infer.elbo import ELBO
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.nn.parameter import is_lazy
 
 from pyro_vae.hierarchy import HierarchicalVAE, check_layers
 from pyro_vae.likelihoods import Missing
 from pyro_vae.objectives import BetaELBO
 from pyro_vae.scoring import Pair, check_sites, validation
+from pyro_vae.state import restored
 from pyro_vae.vae import VAE, check_parts
 
 
@@ -330,14 +330,8 @@ def _worded(program: str, size: int) -> Iterator[None]:
 @contextmanager
 def undisturbed(pair: Any, batch: tuple[Tensor, ...]) -> Iterator[None]:
     """Leave random state and buffers (batch-norm statistics) as they were."""
-    buffers = dict(pair.named_buffers()) if isinstance(pair, nn.Module) else {}
-    kept = {name: each.clone() for name, each in buffers.items() if not is_lazy(each)}
-    parameters = pair.parameters() if isinstance(pair, nn.Module) else ()
-    devices = {each.device for each in (*batch, *parameters) if each.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        with torch.no_grad():
-            for name, value in kept.items():
-                buffers[name].copy_(value)
+    module = pair if isinstance(pair, nn.Module) else nn.Module()
+    tensors = (*batch, *module.parameters())
+    devices = {each.device for each in tensors if each.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), restored(list(module.buffers())):
+        yield

@@ -11,8 +11,8 @@ __all__ = [
     "batches",
     "check_plate",
     "check_sites",
+    "checked",
     "joined",
-    "numbers",
     "validation",
     "whole",
     "worded",
@@ -122,7 +122,7 @@ def at_a_time(batch: Batch) -> int:
     return max(_ELEMENTS // max(batch[0][0].numel(), 1), 1)
 
 
-def numbers(scores: Tensor) -> Tensor:
+def checked(scores: Tensor) -> Tensor:
     """Return log-densities, or logarithms of their ratios, which may be minus infinity.
 
     Raises:
@@ -293,7 +293,7 @@ class Programs:
             return torch.cat([self.weights(batch, 1) for _ in range(count)])
         guided = self._scored(self.pair.guide, batch, count)
         modelled = self._scored(self.pair.model, batch, count, guided)
-        return numbers(self._sum(modelled, batch, count) - self._sum(guided, batch, count))
+        return checked(self._sum(modelled, batch, count) - self._sum(guided, batch, count))
 
     def draw(self, batch: Batch, count: int, *, prior: bool = False) -> Tensor:
         """Latents ``(count, N, latent)`` of q(z|x), or of the prior, all sites side by side."""

@@ -9,7 +9,7 @@ __all__ = [
     "changed",
     "float_type",
     "kind",
-    "numbers",
+    "plain",
     "precision",
     "put_back",
     "reached",
@@ -108,25 +108,17 @@ def called(known: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
     """
     within = {id(each) for module in known for each in module.modules()}
     found, modules = list[weakref.ref[nn.Module]](), list[nn.Module]()
-    kept = list[tuple[Tensor, Tensor]]()
 
     def note(module: nn.Module, _: Any) -> None:
         if id(module) not in within:
             within.update(map(id, module.modules()))
             found.append(weakref.ref(module))
-            buffers = [each for each in module.buffers() if not is_lazy(each)]
-            kept.extend((each, each.clone()) for each in buffers)
+            stack.enter_context(restored(list(module.buffers())))
 
-    hook = register_module_forward_pre_hook(note)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(note).remove)
         yield modules
-    finally:
-        hook.remove()
-        with torch.no_grad():
-            for each, value in kept:
-                if not _equal(each, value):
-                    each.copy_(value)
-        modules += [module for each in found if (module := each()) is not None]
+    modules += [module for each in found if (module := each()) is not None]
 
 
 def append_state(module: nn.Module, state: list[Any]) -> None:
@@ -166,7 +158,7 @@ def unseen(leaves: Sequence[Any]) -> list[str]:
     ]
 
 
-def numbers(held: Sequence[Any]) -> dict[tuple[int, str], Any]:
+def plain(held: Sequence[Any]) -> dict[tuple[int, str], Any]:
     """The plain attributes of some objects by identity, as far as a run may not change them."""
     return {
         (id(each), name): value
@@ -178,7 +170,7 @@ def numbers(held: Sequence[Any]) -> dict[tuple[int, str], Any]:
 
 def changed(held: Sequence[Any], before: dict[tuple[int, str], Any]) -> dict[tuple[int, str], Any]:
     """The plain attributes of some objects that were otherwise before, as they were then."""
-    now = numbers(held)
+    now = plain(held)
     return {
         key: value
         for key, value in before.items()
@@ -188,13 +180,13 @@ def changed(held: Sequence[Any], before: dict[tuple[int, str], Any]) -> dict[tup
 
 @contextlib.contextmanager
 def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put the values of tensors back."""
-    before = [each.clone() for each in tensors]
+    """Put the values of tensors back, of those that have one yet."""
+    before = [(each, each.clone()) for each in tensors if not is_lazy(each)]
     try:
         yield
     finally:
         with torch.no_grad():
-            for each, value in zip(tensors, before, strict=True):
+            for each, value in before:
                 if not _equal(each, value):
                     each.copy_(value)
 

@@ -23,13 +23,11 @@ from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_vae.capture import Graph, NotCapturableError, capture
 from pyro_vae.optimizers import Share, begun, later, stepper, update
-from pyro_vae.pairs import undisturbed
 from pyro_vae.scoring import validation
 from pyro_vae.state import (
     FLOATS,
@@ -38,7 +36,7 @@ from pyro_vae.state import (
     changed,
     float_type,
     kind,
-    numbers,
+    plain,
     precision,
     put_back,
     reached,
@@ -290,12 +288,11 @@ class CompiledSVI:
         except Exception:  # for whatever an objective of the user's own holds
             loss = self.loss
         objects = dict[int, Any]()
-        first: dict[tuple[int, str], Any] = {}
-        again = True
+        first, different = dict[tuple[int, str], Any](), dict[tuple[int, str], Any]()
         try:
             for _ in range(2):
                 held = self._held(loss)
-                before = numbers(held)
+                before = plain(held)
                 objects |= {id(each): each for each in held}
                 try:
                     parameters, reasons = self._run_through(loss, method, leaves, structure)
@@ -303,12 +300,11 @@ class CompiledSVI:
                     different = changed(held, before)
                     first = different | first
                 if not different:
-                    again = False
                     break
                 _, name = next(iter(different))
                 reasons.insert(0, f"its attribute '{name}' changes with every run")
         finally:
-            for (key, name), value in first.items() if again else ():
+            for (key, name), value in first.items() if different else ():
                 vars(objects[key])[name] = value
         if math.isinf(self.loss.max_plate_nesting):
             self.loss.max_plate_nesting = loss.max_plate_nesting  # which the run has found out
@@ -319,34 +315,35 @@ class CompiledSVI:
     ) -> tuple[dict[str, Tensor], list[str]]:
         """One run of the objective: its parameters, and what of it a graph cannot have."""
         args, kwargs = _arguments(leaves, structure)
-        modules = nn.ModuleList(self._modules)
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        parameters = nn.ModuleList(self._modules).parameters()
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         traced = poutine.trace(param_only=True)
         checked = validation(True) if self.validate else contextlib.nullcontext()
         stored = dict(pyro.get_param_store().named_parameters())
-        every = (*modules.parameters(), *stored.values(), *tensors)
+        every = [*parameters, *stored.values(), *tensors]
         with (
-            undisturbed(modules, tensors), restored([*self._loose(loss), *tensors]),
+            torch.random.fork_rng(devices=_gpus(every)),
+            restored([*self._loose(loss), *tensors]),
             ungraded(every), called(self._modules) as others, checked, traced,
         ):  # fmt: skip
             value = getattr(loss, method)(self.model, self.guide, *args, **kwargs)
-            parameters = _unique(traced.trace)
+            used = _unique(traced.trace)
             reasons = [
                 f"the gradient of '{name}' is sparse"
-                for name, each in parameters.items()
+                for name, each in used.items()
                 if each.grad is not None and each.grad.layout is not torch.strided
             ]
         if isinstance(value, tuple):
             raise TypeError(f"the losses of {type(loss).__name__} are several: use pyro.infer.SVI")
         self._modules += others
         if method == "loss_and_grads":  # whose gradients come in place of earlier ones
-            for parameter in parameters.values():
+            for parameter in used.values():
                 parameter.grad = None
         reasons += [f"an argument of type {each} is no tensor" for each in unseen(leaves)]
         for name in put_back(traced.trace, stored):
-            parameters.pop(name, None)
+            used.pop(name, None)
             reasons.append(f"its parameter '{name}' is assigned with every run")
-        return parameters, reasons
+        return used, reasons
 
     def _watch(self, parameters: Mapping[str, Tensor]) -> None:
         """Look from now on before each step at what the programs were seen to use."""
@@ -369,7 +366,7 @@ class CompiledSVI:
         """Tensors within reach that a run may change in place."""
         values = [
             *self._tensors,
-            *(b for module in self._modules for b in module.buffers() if not is_lazy(b)),
+            *(buffer for module in self._modules for buffer in module.buffers()),
             *(value for each in _elbos(loss) for value in vars(each).values()),
         ]
         return [each for each in values if isinstance(each, Tensor) and not each.requires_grad]

@@ -2,6 +2,8 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import nn
 
@@ -32,3 +34,16 @@ def exact_halves(vae, x):
     reconstruction = -0.5 * (squares / variance + (2 * math.pi * variance).log()).sum(-1)
     kl = 0.5 * (loc**2 + (2 * log_scale).exp() - 1 - 2 * log_scale).sum(-1)
     return reconstruction, kl
+
+
+class Scalar(nn.Module):
+    """z ~ N(0, 1), x ~ N(z, 1), both numbers, and q the posterior."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from linear import FALSE_ALARM, linear_vae
+from linear import FALSE_ALARM, Scalar, linear_vae
 from scipy import stats
 from test_log_likelihood import Exact, Level, Mixed
 from test_log_likelihood import double as double
@@ -339,19 +339,6 @@ def test_sites_that_depend_on_each_other_are_not_taken_for_independent():
     # The best diagonal Gaussian: half the log-determinant of the correlation of z1 and z2.
     assert gap.family == pytest.approx(math.log(101) / 2, abs=0.05)
     assert gap.regained == pytest.approx(gap.family, abs=0.05)
-
-
-class Scalar(nn.Module):
-    """z ~ N(0, 1), x ~ N(z, 1), both numbers, and q the posterior."""
-
-    def model(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))
 
 
 def test_latents_may_be_numbers():

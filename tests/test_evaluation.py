@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from linear import FALSE_ALARM, exact_halves, linear_vae
+from linear import FALSE_ALARM, Scalar, exact_halves, linear_vae
 from scipy import stats
 from torch import nn
 
@@ -67,13 +67,8 @@ def test_a_latent_outside_the_plate_counts_once_for_all_data():
     assert (total.mean() - 0.125).abs() < stats.norm.isf(FALSE_ALARM / 2) * error
 
 
-class Factored(nn.Module):
-    """z ~ N(0, 1), x ~ N(z, 1), and the exact posterior with a factor of e^0.7 beside it."""
-
-    def model(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+class Factored(Scalar):
+    """The exact posterior with a factor of e^0.7 beside it."""
 
     def guide(self, x):
         with pyro.plate("data", len(x), dim=-1):

@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from linear import FALSE_ALARM, exact_halves, linear_vae
+from linear import FALSE_ALARM, Scalar, exact_halves, linear_vae
 from pyro import poutine
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from pyro.nn import PyroModule, PyroParam
@@ -908,18 +908,13 @@ def test_weights_of_weights_hold_two_latents_too():
     assert surprise(replicates(nested, pair, x), by_hand(pair, x, 4, weight=0.3)) < 1
 
 
-class Rows(nn.Module):
+class Rows(Scalar):
     """``z_n ~ N(0, 1), x_n ~ N(z_n, 1)`` with a q of its own for each row: replicates at once."""
 
     def __init__(self, rows):
         super().__init__()
         self.loc = nn.Parameter(torch.full([rows], 0.3))
         self.log_scale = nn.Parameter(torch.full([rows], 0.1))
-
-    def model(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(self, x):
         with pyro.plate("data", len(x), dim=-1):
