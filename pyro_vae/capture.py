@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from typing_extensions import override
 
+from pyro_vae.products import fast_products
 from pyro_vae.replay import replayed
 from pyro_vae.scoring import validation
 
@@ -142,6 +143,8 @@ class Graph:
         if device:
             with torch.no_grad():
                 repeated = replayed(function, inputs, held, device)
+        else:
+            _keep_freed_memory()
         places = [each.data_ptr() for each in held] if repeated else []
 
         def run(*inputs: Tensor) -> Any:
@@ -154,6 +157,17 @@ class Graph:
                 return function(*inputs, *held)
 
         return run
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what a step has freed, for the next one.
+
+    GNU's gives the top of its heap back to the system from twice the largest block on that it
+    has seen freed. A step frees its gradients, several megabytes, and asking for them again page
+    by page can take a third of it. So it is shown a block of nearly the 32 MiB that it heeds, in
+    which nothing is written.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _dense(function: Callable[..., Any], module: fx.GraphModule) -> Callable[..., Any]:
@@ -475,7 +489,7 @@ def _rewritten() -> dict[Any, Callable[..., Any]]:
         _aten.native_batch_norm,
         _aten.softplus,
     ]
-    return {**get_decompositions(special), _aten.log1p.default: _log1p}
+    return {**get_decompositions(special), _aten.log1p.default: _log1p, **fast_products()}
 
 
 def _log1p(x: Tensor) -> Tensor:

@@ -97,6 +97,13 @@ def _one_draw(size):
 
 CONTENDERS = {
     "floor": Entry("floor", "Floor", "only the large products of forward and backward pass"),
+    "floor, oneDNN": Entry(
+        "floor",
+        "Floor",
+        "the same products by oneDNN",
+        {"onednn": True},
+        fits=lambda size: size.device != "cuda" and size.kind != "conv",
+    ),
     "pyro_vae": Entry(
         "with_pyro", "Compiled", "`CompiledSVI`, and `fit` for an epoch", {"mode": "compiled"}
     ),

@@ -23,11 +23,13 @@ class Floor(OnTorch):
     the largest are left out. For 784-400-20-400-784 that leaves five products: the first and
     the last layer forward, both gradients in their weights, and the last layer's in its input.
     Results go to memory that is reused; no bias, activation, loss or optimiser is in it.
+    With `onednn` the products of fully connected layers are not torch's own but oneDNN's, which
+    has memory of its own for them.
     """
 
-    def __init__(self, size, directory, device):
+    def __init__(self, size, directory, device, onednn=False):
         super().__init__(size, directory, device)
-        calls = layers(size, device)
+        calls = layers(size, device, by_onednn if onednn else torch.mm)
         largest = max(work for _, work in calls)
         self.products = [
             product for kept, work in calls if work >= largest / 10 for product in kept
@@ -46,7 +48,7 @@ class Floor(OnTorch):
         return self.steps(count)
 
 
-def layers(size, device):
+def layers(size, device, product=torch.mm):
     """Of every layer that a step passes: its products, and its multiplications per row."""
     program, bound = pair(size).to(device), objective(size)
     seen = []
@@ -60,21 +62,26 @@ def layers(size, device):
     bound.loss_and_grads(
         program.model, program.guide, torch.zeros(size.batch, *SHAPE, device=device)
     )
-    return [linear(*each) if isinstance(each[0], nn.Linear) else convolution(*each)
+    return [linear(*each, product) if isinstance(each[0], nn.Linear) else convolution(*each)
             for each in seen]  # fmt: skip
 
 
-def linear(layer, x, differentiated, y):
+def by_onednn(a, b, out):
+    """The product ``a b``; `out` is left alone, since oneDNN's has no such argument."""
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+
+
+def linear(layer, x, differentiated, y, product):
     """The products of a fully connected layer."""
     x, y = x.reshape(-1, x.shape[-1]).clone(), torch.randn_like(y).reshape(-1, y.shape[-1])
     weight, out = layer.weight.detach().clone(), torch.empty_like(y)
     in_weight, in_x = torch.empty_like(weight), torch.empty_like(x)
     products = [
-        lambda: torch.mm(x, weight.T, out=out),
-        lambda: torch.mm(y.T, x, out=in_weight),
+        lambda: product(x, weight.T, out=out),
+        lambda: product(y.T, x, out=in_weight),
     ]
     if differentiated:
-        products.append(lambda: torch.mm(y, weight, out=in_x))
+        products.append(lambda: product(y, weight, out=in_x))
     return products, weight.numel()
 
 

@@ -1,0 +1,64 @@
+"""Large matrix products by oneDNN, on processors where those of MKL are half as fast.
+
+torch multiplies matrices of 32-bit floats by MKL, which keeps to vectors of 256 bits where the
+processor is not Intel's. oneDNN, which torch convolves with, uses all 512 bits of an AMD
+processor that has AVX-512: on a Zen 5 it takes half the time.
+"""
+
+from __future__ import annotations
+
+__all__ = ["fast_products"]
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+# Multiplications from which oneDNN is ahead with matrices that lie transposed too.
+_LARGE = 20_000_000
+
+
+# An operation of its own, since inductor has the one it calls for constant weights only.
+@torch.library.custom_op(
+    "pyro_vae::product", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? bias) -> Tensor"
+)
+def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        bias = bias.contiguous()  # the operation reads it so, however it lies
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+
+
+@_product.register_fake
+def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def fast_products() -> dict[Any, Callable[..., Any]]:
+    """Return what stands for torch's matrix products in a graph: nothing where MKL is as fast."""
+    return {_aten.mm.default: _mm, _aten.addmm.default: _addmm} if _pays() else {}
+
+
+@cache
+def _pays() -> bool:
+    """Whether the processor is AMD's and has vectors of 512 bits, and torch has oneDNN."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of later versions
+    wide = "AMD" in str(known.get("cpu_name")) and known.get("avx512_f", False)
+    return bool(wide) and torch.backends.mkldnn.is_available()
+
+
+def _large(a: Tensor, b: Tensor) -> bool:
+    """Whether a product is of 32-bit matrices in the processor's memory, and large."""
+    fits = a.device.type == "cpu" and a.dtype == b.dtype == torch.float32
+    return fits and a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
+
+
+def _mm(a: Tensor, b: Tensor) -> Any:
+    return torch.ops.pyro_vae.product(a, b, None) if _large(a, b) else NotImplemented
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    row = bias.shape == b.shape[1:] and bias.dtype == a.dtype and beta == alpha == 1
+    return torch.ops.pyro_vae.product(a, b, bias) if row and _large(a, b) else NotImplemented

@@ -1,0 +1,185 @@
+"""Large products by oneDNN against those in 64 bits, and the pages that a step asks for."""
+
+import platform
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from torch.optim import SGD
+
+from pyro_vae import MLP, VAE, CompiledSVI, likelihoods, posteriors, priors, products
+
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+
+SIZES = (300, 400, 500)  # 60 million multiplications
+
+
+def matrices():
+    """Pairs of matrices that lie in memory in every way that a graph may hold them."""
+    m, k, n = SIZES
+    return {
+        "one row after the other": (torch.randn(m, k), torch.randn(k, n)),
+        "one column after the other": (torch.randn(k, m).t(), torch.randn(n, k).t()),
+        "first transposed": (torch.randn(k, m).t(), torch.randn(k, n)),
+        "second transposed": (torch.randn(m, k), torch.randn(n, k).t()),
+        "one column repeated": (torch.randn(m, 1).expand(m, k), torch.randn(k, n)),
+        "one row repeated": (torch.randn(1, k).expand(m, k), torch.randn(1, n).expand(k, n)),
+        "every other number": (torch.randn(2 * m, 2 * k)[::2, ::2], torch.randn(k, 2 * n)[:, ::2]),
+        "a part": (torch.randn(m, k + 1)[:, 1:], torch.randn(k + 1, n)[1:]),
+    }
+
+
+BIASES = {
+    "none": lambda n: None,
+    "one after the other": torch.randn,
+    "one repeated": lambda n: torch.randn(1).expand(n),
+    "every other number": lambda n: torch.randn(2 * n)[::2],
+}
+
+
+@onednn
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("layout", matrices())
+def test_a_product_is_that_of_64_bits_to_rounding(layout, bias):
+    torch.manual_seed(0)
+    a, b = matrices()[layout]
+    c = BIASES[bias](b.shape[1])
+    found = torch.ops.pyro_vae.product(a, b, c)
+    expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    if c is not None:
+        expected, size = expected + c.double(), size + c.double().abs()
+    # A sum of k + 1 terms in any order is off by (k + 1) u of the sum of their sizes at most, to
+    # first order in the unit roundoff u (Higham 2002, Accuracy and Stability, equation 3.5).
+    unit = torch.finfo(torch.float32).eps / 2
+    assert ((found.double() - expected).abs() <= 1.01 * (a.shape[1] + 1) * unit * size).all()
+    assert found.stride() == (found.shape[1], 1)
+
+
+@onednn
+def test_a_product_is_an_operation_that_torch_can_trace():
+    a, b = torch.randn(30, 20), torch.randn(10, 20).t()
+    for bias in (None, torch.randn(10)):
+        torch.library.opcheck(torch.ops.pyro_vae.product.default, (a, b, bias))
+
+
+@onednn
+@pytest.mark.parametrize(
+    ("known", "used"),
+    [
+        ({"cpu_name": "AMD EPYC 9755", "avx512_f": True}, True),
+        ({"cpu_name": "AMD EPYC 7763", "avx512_f": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R) Platinum 8480+", "avx512_f": True}, False),
+        ({"cpu_name": "Neoverse V2"}, False),
+        ({}, False),
+    ],
+)
+def test_only_where_the_other_library_leaves_half_of_the_processor_idle(known, used, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    products._pays.cache_clear()
+    try:
+        assert bool(products.fast_products()) is used
+    finally:
+        products._pays.cache_clear()
+
+
+def test_without_knowledge_of_the_processor_products_are_torchs(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    products._pays.cache_clear()
+    try:
+        assert products.fast_products() == {}
+    finally:
+        products._pays.cache_clear()
+
+
+def test_what_is_small_or_of_other_numbers_is_left_to_torch():
+    a, b, row = torch.zeros(300, 400), torch.zeros(400, 500), torch.zeros(500)
+    assert products._mm(a, b) is not NotImplemented
+    assert products._addmm(row, a, b) is not NotImplemented
+    for left in (
+        products._mm(a[:20], b[:, :20]),
+        products._mm(a.double(), b.double()),
+        products._mm(a.bfloat16(), b.bfloat16()),
+        products._mm(a.to("meta"), b.to("meta")),
+        products._addmm(row, a, b, beta=2),
+        products._addmm(row, a, b, alpha=0.5),
+        products._addmm(torch.zeros(300, 500), a, b),
+        products._addmm(torch.zeros(1), a, b),
+        products._addmm(torch.zeros(300, 1), a, b),
+    ):
+        assert left is NotImplemented
+
+
+def large():
+    """784-400-20, whose five large products have 40 million multiplications each."""
+    torch.manual_seed(0)
+    likelihood = likelihoods.Bernoulli(MLP(20, [400], (1, 28, 28)))
+    posterior = posteriors.Normal(MLP((1, 28, 28), [400], (2, 20)))
+    return VAE(priors.Normal(20), likelihood, posterior)
+
+
+@onednn
+def test_a_compiled_step_has_its_large_products_from_there(monkeypatch):
+    seen = []
+
+    def noted(name):
+        whole = getattr(products, name)
+
+        def product(*args):
+            result = whole(*args)
+            seen.append(result is not NotImplemented)
+            return result
+
+        return product
+
+    for name in ("_mm", "_addmm"):
+        monkeypatch.setattr(products, name, noted(name))
+    monkeypatch.setattr(products, "_pays", lambda: True)
+    x = (torch.rand(128, 1, 28, 28) > 0.7).float()
+    gradients = {}
+    for mode in ("compiled", "eager"):
+        pair = large()
+        objective = Trace_ELBO(max_plate_nesting=1)
+        svi = CompiledSVI(pair.model, pair.guide, partial(SGD, lr=0.0), objective, mode=mode)
+        torch.manual_seed(1)
+        svi.loss_and_grads(x)
+        assert svi.mode == mode
+        gradients[mode] = [each.grad for each in pair.parameters()]
+    assert sum(seen) == 5
+    assert len(seen) == 11
+    for one, other in zip(gradients["compiled"], gradients["eager"], strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+
+CHURN = """
+import resource, torch
+from pyro import distributions, sample
+from pyro.infer import Trace_ELBO
+from torch.optim import SGD
+from pyro_vae import CompiledSVI
+
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        blocks = [torch.zeros(25_000) for _ in range(40)]  # 977 pages of 4 KiB
+        del blocks
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 50
+
+def model(x):
+    sample("x", distributions.Normal(0.0, 1.0), obs=x)
+
+print(pages())
+svi = CompiledSVI(model, lambda x: None, SGD, Trace_ELBO(), mode="captured")
+svi.evaluate_loss(torch.zeros(()))
+print(pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of GNU's C library")
+def test_what_a_step_frees_is_not_asked_of_the_system_again():
+    command = [sys.executable, "-c", CHURN]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert after < 90 < before
