@@ -201,6 +201,15 @@ def test_the_floor_is_the_large_products(size, products, benchmarks):
     assert len(floor.Floor(contenders.SIZES[size], ".", "cpu").products) == products
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_the_floor_by_onednn_has_the_same_products(benchmarks):
+    floor = importlib.import_module("contenders.floor")
+    for a, b in ((torch.randn(20, 30), torch.randn(30, 40)), (torch.eye(3).T, torch.randn(3, 2))):
+        assert torch.allclose(floor.by_onednn(a, b, None), a @ b, atol=1e-5)
+    size = importlib.import_module("contenders").SIZES["784-400-20"]
+    assert len(floor.Floor(size, ".", "cpu", onednn=True).products) == 5
+
+
 @pytest.mark.parametrize("name", ["784-400-20", "convolutions", "IWAE", "two layers"])
 def test_what_is_written_by_hand_is_the_same_bound(name, benchmarks):
     size = importlib.import_module("contenders").SIZES[name]

@@ -24,11 +24,13 @@ class Floor(OnTorch):
     the last layer forward, both gradients in their weights, and the last layer's in its input.
     Results go to memory that is reused; no bias, activation, loss or optimiser is in it.
     With `onednn` the products of fully connected layers are not torch's own but oneDNN's, which
-    has memory of its own for them.
+    takes new memory for them each time.
     """
 
     def __init__(self, size, directory, device, onednn=False):
         super().__init__(size, directory, device)
+        if onednn:  # freed memory stays the process's: see `pyro_vae.capture`
+            torch.empty(31 << 20, dtype=torch.uint8)
         calls = layers(size, device, by_onednn if onednn else torch.mm)
         largest = max(work for _, work in calls)
         self.products = [
