@@ -172,8 +172,7 @@ class CompiledSVI:
             update(self.optimizer)
         else:
             self.optim([each for each in self._parameters.values() if each.grad is not None])
-        for each in self._parameters.values():
-            each.grad = None
+        self._forget_gradients()
         return loss
 
     def loss_and_grads(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -408,21 +407,26 @@ class CompiledSVI:
 
         def run(leaves: Sequence[Any], known: Sequence[Any] = known) -> Tensor:
             # What is known by its identity stays alive, so that no other comes to have it.
-            loss, *gradients = function(*_inputs(leaves, device, dtype))
+            given = _inputs(leaves, device, dtype)
+            if method == "loss_and_grads":
+                self._forget_gradients()  # now, so that the new ones have their memory
+            loss, *gradients = function(*given)
             if method == "loss_and_grads":
                 self._give(parameters, gradients)
             return cast("Tensor", loss)
 
         return run
 
+    def _forget_gradients(self) -> None:
+        for each in self._parameters.values():
+            each.grad = None
+
     def _give(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Leave gradients with the parameters, in place of all earlier ones.
+        """Leave gradients with the parameters.
 
         As with `pyro.infer.SVI`, one that a run has and nothing depends on has a gradient of 0
         where the optimiser has a state of it, as momentum, which goes on.
         """
-        for each in self._parameters.values():
-            each.grad = None
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None and begun(self.optimizer or self.optim, parameter):
                 gradient = torch.zeros_like(parameter)
@@ -452,8 +456,7 @@ class CompiledSVI:
     def _eager(self, method: str, structure: Any, leaves: Sequence[Any]) -> Tensor:
         args, kwargs = _arguments(leaves, structure)
         if method == "loss_and_grads":
-            for each in self._parameters.values():
-                each.grad = None
+            self._forget_gradients()
         with poutine.trace(param_only=True) as traced:
             loss = getattr(self.loss, method)(self.model, self.guide, *args, **kwargs)
         if method == "loss_and_grads":
@@ -461,7 +464,9 @@ class CompiledSVI:
             sloped = {name: p for name, p in parameters.items() if p.grad is not None}
             self._follow(sloped or parameters)
             every = list(parameters.values())
-            self._give(every, [each.grad for each in every])
+            slopes = [each.grad for each in every]
+            self._forget_gradients()  # those of parameters that this run has no site of
+            self._give(every, slopes)
         return torch.as_tensor(loss, dtype=torch.float64).detach()
 
     def _follow(self, parameters: Mapping[str, Tensor]) -> None:
