@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ["Graph", "NotCapturableError", "capture"]
 
 import contextlib
+import functools
 import sys
 import sysconfig
 import traceback
@@ -159,15 +160,16 @@ class Graph:
         return run
 
 
+@functools.cache  # once in a process is enough
 def _keep_freed_memory() -> None:
     """Let the C library keep what a step has freed, for the next one.
 
     GNU's gives the top of its heap back to the system from twice the largest block on that it
-    has seen freed. A step frees its gradients, several megabytes, and asking for them again page
-    by page can take a third of it. So it is shown a block of nearly the 32 MiB that it heeds, in
-    which nothing is written.
+    has seen freed. A step frees its gradients and more, megabytes, and asking for them again page
+    by page can take a third of it. So it is shown a block of nearly the 32 MiB that it heeds, of
+    which no page is used. Where one is in the heap already, there is room for a step.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def _dense(function: Callable[..., Any], module: fx.GraphModule) -> Callable[..., Any]:

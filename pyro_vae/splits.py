@@ -204,7 +204,10 @@ class Split:
         shuffle: bool = False,
         skip: int = 0,
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Cut the split as `batches` does, with x as it is stored, but for the first `skip`."""
+        """Cut the split as `batches` does, with x as it is stored, but for the first `skip`.
+
+        Shuffled batches are parts of a mebibyte of them: copy one to keep it alone.
+        """
         if isinstance(self.x, Mapped):
             for x, numbers in self.x.batches(size, generator, shuffle=shuffle, skip=skip):
                 yield x, *(c[numbers] for c in self.context)

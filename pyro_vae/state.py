@@ -292,7 +292,7 @@ def precision() -> tuple[Any, ...]:
         for each in ("cpu", "cuda")
     ]
     exact = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    return *autocast, *exact
+    return *autocast, *exact, torch.backends.mkldnn.enabled
 
 
 def float_type(

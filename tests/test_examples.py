@@ -202,12 +202,21 @@ def test_the_floor_is_the_large_products(size, products, benchmarks):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-def test_the_floor_by_onednn_has_the_same_products(benchmarks):
+def test_the_floor_by_onednn_has_the_same_products(benchmarks, monkeypatch):
     floor = importlib.import_module("contenders.floor")
-    for a, b in ((torch.randn(20, 30), torch.randn(30, 40)), (torch.eye(3).T, torch.randn(3, 2))):
+    for a, b in (
+        (torch.randn(20, 30), torch.randn(30, 40)),
+        (torch.randn(30, 20).T, torch.randn(40, 30).T),
+    ):
         assert torch.allclose(floor.by_onednn(a, b, None), a @ b, atol=1e-5)
     size = importlib.import_module("contenders").SIZES["784-400-20"]
-    assert len(floor.Floor(size, ".", "cpu", onednn=True).products) == 5
+    seen = []
+    monkeypatch.setattr(floor, "by_onednn", lambda a, b, out: seen.append((a @ b).shape))
+    for product in floor.Floor(size, ".", "cpu", onednn=True).products:
+        product()
+    large = [(128, 400), (128, 784), (400, 784), (784, 400)]
+    assert sorted(set(seen)) == large
+    assert len(seen) == 5
 
 
 @pytest.mark.parametrize("name", ["784-400-20", "convolutions", "IWAE", "two layers"])

@@ -1,5 +1,6 @@
 """Large products by oneDNN against those in 64 bits, and the pages that a step asks for."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -78,10 +79,14 @@ def test_a_product_is_an_operation_that_torch_can_trace():
 )
 def test_only_where_the_other_library_leaves_half_of_the_processor_idle(known, used, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     products._pays.cache_clear()
     try:
         assert bool(products.fast_products()) is used
+        torch._C._set_mkldnn_enabled(False)
+        assert products.fast_products() == {}
     finally:
+        torch._C._set_mkldnn_enabled(True)
         products._pays.cache_clear()
 
 
@@ -94,12 +99,15 @@ def test_without_knowledge_of_the_processor_products_are_torchs(monkeypatch):
         products._pays.cache_clear()
 
 
+@onednn
 def test_what_is_small_or_of_other_numbers_is_left_to_torch():
     a, b, row = torch.zeros(300, 400), torch.zeros(400, 500), torch.zeros(500)
     assert products._mm(a, b) is not NotImplemented
     assert products._addmm(row, a, b) is not NotImplemented
     for left in (
         products._mm(a[:20], b[:, :20]),
+        products._mm(torch.zeros(5000, 10_000), torch.zeros(10_000, 1)),
+        products._mm(a.to_sparse(), b),
         products._mm(a.double(), b.double()),
         products._mm(a.bfloat16(), b.bfloat16()),
         products._mm(a.to("meta"), b.to("meta")),
@@ -163,7 +171,7 @@ from pyro_vae import CompiledSVI
 def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(50):
-        blocks = [torch.zeros(25_000) for _ in range(300)]  # 7,324 pages of 4 KiB
+        blocks = [torch.zeros(25_000) for _ in range(300)]  # of 100,000 bytes
         del blocks
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 50
 
@@ -179,7 +187,12 @@ print(pages())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory of GNU's C library")
 def test_what_a_step_frees_is_not_asked_of_the_system_again():
-    command = [sys.executable, "-c", CHURN]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    resource = pytest.importorskip("resource")
+    command, set_here = [sys.executable, "-c", CHURN], ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(set_here)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     before, after = map(float, done.stdout.split())
-    assert after < 700 < before  # a tenth of the pages
+    many = 300 * 100_000 / resource.getpagesize() / 2
+    if before < many:
+        pytest.skip("this system's memory comes in larger pages, or is kept anyway")
+    assert after < many / 5

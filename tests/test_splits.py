@@ -148,6 +148,21 @@ def test_batches_cover_the_rows_once_and_the_last_is_smaller(shuffle):
     assert (x.tolist() == list(range(50))) is not shuffle
 
 
+@pytest.mark.parametrize("skip", [0, 1, 3])
+@pytest.mark.parametrize("ahead", [1, 2, 3, 10])  # batches that are gathered at once
+def test_shuffled_batches_are_rows_of_one_permutation(ahead, skip, monkeypatch):
+    part = numbered(**WHOLE).train
+    datum = sum(column[0].numel() * column.element_size() for column in (part.x, *part.context))
+    monkeypatch.setattr("pyro_vae.splits._GATHERED", 16 * datum * ahead)
+    batches = list(part.stored(16, fixed(), shuffle=True, skip=skip))
+    order = torch.randperm(50, generator=fixed())
+    assert len(batches) == 4 - skip
+    for index, (x, context) in enumerate(batches, skip):
+        rows = order[16 * index : 16 * (index + 1)]
+        assert x.equal(part.x[rows])
+        assert context.equal(part.context[0][rows])
+
+
 def test_the_generator_fixes_the_order():
     part = numbered(**WHOLE).train
     orders = [

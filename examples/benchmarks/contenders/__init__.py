@@ -4,6 +4,7 @@ This file imports no library that is measured, so that each process holds only i
 """
 
 import dataclasses
+import gc
 import importlib
 import time
 import traceback
@@ -236,6 +237,7 @@ def serve(pipe, name, size, directory, device, threads):
         pipe.send(("stepped", None))
         while True:
             request, *arguments = pipe.recv()
+            gc.collect()  # what runs before have left, which a user's process would not have
             pipe.send((request, getattr(contender, request)(*arguments)))
     except EOFError:
         pass  # nobody asks any more

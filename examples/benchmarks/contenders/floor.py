@@ -29,7 +29,7 @@ class Floor(OnTorch):
 
     def __init__(self, size, directory, device, onednn=False):
         super().__init__(size, directory, device)
-        if onednn:  # freed memory stays the process's: see `pyro_vae.capture`
+        if onednn:  # its results take memory, which stays the process's: see `pyro_vae.capture`
             torch.empty(31 << 20, dtype=torch.uint8)
         calls = layers(size, device, by_onednn if onednn else torch.mm)
         largest = max(work for _, work in calls)

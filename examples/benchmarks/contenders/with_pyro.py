@@ -1,6 +1,5 @@
 """Pyro's own `SVI`, eager and jitted, and this package's `CompiledSVI`."""
 
-import gc
 import time
 from functools import partial
 
@@ -104,7 +103,6 @@ class Compiled(Eager):
     def epoch(self):
         if self.mode != "compiled":
             return None
-        gc.collect()  # of the run before, which a user's process would not have had
         ends = []
 
         def end(epoch):  # called before the first epoch and after each
