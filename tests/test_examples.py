@@ -369,6 +369,31 @@ def test_aevb_comes_where_it_is_published(figure, monkeypatch):
     assert sum(each["agree"] for each in contrary) == len(missed)
 
 
+def test_monte_carlo_em_comes_where_it_is_published_with_the_step_size_that_the_page_says(
+    monkeypatch,
+):
+    monkeypatch.syspath_prepend(EXAMPLES / "paper")
+    reporting = importlib.import_module("reporting")
+    rows = json.loads((EXAMPLES / "paper" / "results" / "figure3.json").read_text())
+    rows = [row for row in rows if row["panel"] == "Ntrain=1000" and row["seed"] == 0]
+    agreed = {}
+    for step in (None, 0.02):
+        curves = [
+            row for row in rows if row.get("given") == (step if row["method"] == "MCEM" else None)
+        ]
+        found = reporting.order(curves, figure="3", primary=["static"])
+        agreed[step] = {
+            (each["split"], other): (each["agree"], each["points"])
+            for each in found
+            for other in ("AEVB", "wake-sleep")
+            if set(each["order"]) == {"MCEM", other}
+        }
+    expected = {("train", "AEVB"): 4, ("train", "wake-sleep"): 3}
+    expected |= {("test", "AEVB"): 2, ("test", "wake-sleep"): 3}
+    assert agreed[0.02] == {key: (count, count) for key, count in expected.items()}
+    assert agreed[None]["test", "wake-sleep"] == (2, 3)  # as the page says, behind at 2e6
+
+
 def test_a_panel_shows_the_curves_of_its_own_binarisation(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "paper")
     reporting = importlib.import_module("reporting")
