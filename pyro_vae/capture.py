@@ -7,7 +7,7 @@ the programs hold are captured by reference, so that a change of their values is
 
 from __future__ import annotations
 
-__all__ = ["Graph", "NotCapturableError", "capture"]
+__all__ = ["Graph", "NotCapturableError", "capture", "keep_freed_memory"]
 
 import contextlib
 import functools
@@ -145,7 +145,7 @@ class Graph:
             with torch.no_grad():
                 repeated = replayed(function, inputs, held, device)
         else:
-            _keep_freed_memory()
+            keep_freed_memory()
         places = [each.data_ptr() for each in held] if repeated else []
 
         def run(*inputs: Tensor) -> Any:
@@ -161,7 +161,7 @@ class Graph:
 
 
 @functools.cache  # once in a process is enough
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the C library keep what a step has freed, for the next one.
 
     GNU's gives the top of its heap back to the system from twice the largest block on that it

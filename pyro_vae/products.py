@@ -1,4 +1,4 @@
-"""Large matrix products by oneDNN, on processors where those of MKL are half as fast.
+"""Large matrix products by oneDNN, on processors where those of MKL are slower.
 
 torch multiplies matrices of 32-bit floats by MKL, which keeps to vectors of 256 bits where the
 processor is not Intel's. oneDNN, which torch convolves with, uses all 512 bits of an AMD

@@ -38,7 +38,7 @@ View = Callable[[Tensor, torch.Generator | None], Tensor]
 
 # Values of rows on disk that are read into memory together: 2 GiB as they are scored.
 _MOST = 2**29
-# Bytes of the rows of some batches that are gathered at once, since scattered ones come sooner so.
+# Bytes of shuffled rows that are gathered at once: reading scattered memory in one go is faster.
 _GATHERED = 2**20
 # Blocks that rows on disk are divided by.
 _BLOCKS = 10_000
@@ -206,7 +206,8 @@ class Split:
     ) -> Iterator[tuple[Tensor, ...]]:
         """Cut the split as `batches` does, with x as it is stored, but for the first `skip`.
 
-        Shuffled batches are parts of a mebibyte of them: copy one to keep it alone.
+        Shuffled batches are views of some that are gathered together, 1 MiB at most unless one
+        is larger: clone one to keep it without the others.
         """
         if isinstance(self.x, Mapped):
             for x, numbers in self.x.batches(size, generator, shuffle=shuffle, skip=skip):
@@ -222,7 +223,7 @@ class Split:
         ahead = size * max(_GATHERED // max(size * datum, 1), 1)
         for start in range(skip * size, len(self), ahead):
             rows = order[start : start + ahead]
-            # Several times as fast as an index in brackets.
+            # An index in brackets takes several times as long.
             gathered = [column.index_select(0, rows) for column in columns]
             for first in range(0, len(rows), size):
                 yield tuple(column[first : first + size] for column in gathered)

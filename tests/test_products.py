@@ -12,6 +12,7 @@ from pyro.infer import Trace_ELBO
 from torch.optim import SGD
 
 from pyro_vae import MLP, VAE, CompiledSVI, likelihoods, posteriors, priors, products
+from pyro_vae.state import precision
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
 
@@ -83,8 +84,10 @@ def test_only_where_the_other_library_leaves_half_of_the_processor_idle(known, u
     products._pays.cache_clear()
     try:
         assert bool(products.fast_products()) is used
+        before = precision()  # a part of what a graph is kept by
         torch._C._set_mkldnn_enabled(False)
         assert products.fast_products() == {}
+        assert precision() != before
     finally:
         torch._C._set_mkldnn_enabled(True)
         products._pays.cache_clear()

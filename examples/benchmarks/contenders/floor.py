@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from contenders.programs import SHAPE, OnTorch, objective, pair, threads
+from pyro_vae.capture import keep_freed_memory
 
 __all__ = ["Floor", "threads"]
 
@@ -29,8 +30,8 @@ class Floor(OnTorch):
 
     def __init__(self, size, directory, device, onednn=False):
         super().__init__(size, directory, device)
-        if onednn:  # its results take memory, which stays the process's: see `pyro_vae.capture`
-            torch.empty(31 << 20, dtype=torch.uint8)
+        if onednn:
+            keep_freed_memory()  # that of the results
         calls = layers(size, device, by_onednn if onednn else torch.mm)
         largest = max(work for _, work in calls)
         self.products = [
