@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["fast_products"]
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import cache
@@ -19,17 +20,20 @@ from torch import Tensor
 
 _aten = torch.ops.aten
 # Multiplications, and rows and columns, from which oneDNN is ahead of MKL however they lie.
-_LARGE, _WIDE = 20_000_000, 32
+_LARGE, _WIDE = 2_000_000, 32
 
 
-# An operation of its own, since inductor has the one it calls for constant weights only.
+# An operation of its own, since inductor would copy second factors that lie by columns. Its cache
+# goes by the name: another lowering needs another one.
 @torch.library.custom_op(
-    "pyro_vae::product", mutates_args=(), schema="(Tensor a, Tensor b, Tensor? bias) -> Tensor"
+    "pyro_vae::onednn_product",
+    mutates_args=(),
+    schema="(Tensor a, Tensor b, Tensor? bias) -> Tensor",
 )
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.contiguous()  # the operation reads it so, however it lies
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
 
 
 @_product.register_fake
@@ -37,10 +41,51 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
+_OPERATION = torch.ops.pyro_vae.onednn_product.default
+
+
 def fast_products() -> dict[Any, Callable[..., Any]]:
     """Return what stands for torch's matrix products in a graph: nothing where MKL is as fast."""
-    table: dict[Any, Callable[..., Any]] = {_aten.mm.default: _mm, _aten.addmm.default: _addmm}
-    return table if torch.backends.mkldnn.enabled and _pays() else {}
+    if not (torch.backends.mkldnn.enabled and _pays()):
+        return {}
+    _lower()
+    return {_aten.mm.default: _mm, _aten.addmm.default: _addmm}
+
+
+@cache
+def _lower() -> None:
+    """Let compiled graphs call oneDNN from C++ where inductor has the means, which are its own.
+
+    By way of Python a product takes 30 microseconds more, as many as some have to do.
+    """
+    from torch._inductor import lowering
+
+    by_python = lowering.fallback_handler(_OPERATION)
+
+    @lowering.register_lowering(_OPERATION, type_promotion_kind=None)
+    def lowered(a: Any, b: Any, bias: Any) -> Any:
+        with contextlib.suppress(Exception):
+            return _by_cpp(a, b, bias)
+        return by_python(a, b, bias)
+
+
+def _by_cpp(a: Any, b: Any, bias: Any) -> Any:
+    """The operation in terms of inductor: its own for constant weights, given others."""
+    from torch._inductor.ir import ExternKernel, FixedLayout, TensorBox
+    from torch._inductor.lowering import permute
+    from torch._inductor.mkldnn_ir import LinearUnary
+
+    layout = FixedLayout(a.get_device(), a.get_dtype(), [a.get_size()[0], b.get_size()[1]])
+    inputs = [
+        ExternKernel.require_contiguous(ExternKernel.realize_input(a)),
+        ExternKernel.realize_input(permute(b, [1, 0])),
+    ]
+    constants: list[Any] = ["none", [-1], ""]  # no activation
+    if bias is None:
+        constants.insert(0, None)
+    else:
+        inputs.append(ExternKernel.require_contiguous(ExternKernel.realize_input(bias)))
+    return TensorBox.create(LinearUnary(layout, inputs, constants))
 
 
 @cache
@@ -61,9 +106,9 @@ def _large(a: Tensor, b: Tensor) -> bool:
 
 
 def _mm(a: Tensor, b: Tensor) -> Any:
-    return torch.ops.pyro_vae.product(a, b, None) if _large(a, b) else NotImplemented
+    return _OPERATION(a, b, None) if _large(a, b) else NotImplemented
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
     row = bias.shape == b.shape[1:] and bias.dtype == a.dtype and beta == alpha == 1
-    return torch.ops.pyro_vae.product(a, b, bias) if row and _large(a, b) else NotImplemented
+    return _OPERATION(a, b, bias) if row and _large(a, b) else NotImplemented

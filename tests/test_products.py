@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD
 
 from pyro_vae import MLP, VAE, CompiledSVI, likelihoods, posteriors, priors, products
@@ -49,7 +50,11 @@ def test_a_product_is_that_of_64_bits_to_rounding(layout, bias):
     torch.manual_seed(0)
     a, b = matrices()[layout]
     c = BIASES[bias](b.shape[1])
-    found = torch.ops.pyro_vae.product(a, b, c)
+    check(torch.ops.pyro_vae.onednn_product(a, b, c), a, b, c)
+
+
+def check(found, a, b, c):
+    """That a product is right to rounding, and lies one row after the other."""
     expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     if c is not None:
         expected, size = expected + c.double(), size + c.double().abs()
@@ -61,10 +66,46 @@ def test_a_product_is_that_of_64_bits_to_rounding(layout, bias):
 
 
 @onednn
+@pytest.mark.parametrize("by", ["C++", "Python"])
+def test_compiled_products_are_right_and_called_from_cpp(by, monkeypatch):
+    import torch._inductor as inductor
+
+    if by == "Python":  # as where inductor has not the means
+        monkeypatch.delattr(products, "_by_cpp")
+    monkeypatch.setattr(products, "_pays", lambda: True)
+    torch.manual_seed(0)
+    cases = [(a, b, c(SIZES[-1])) for a, b in matrices().values() for c in BIASES.values()]
+
+    def multiplied(*given):
+        rest = iter(given)
+        return [
+            torch.mm(next(rest), next(rest))
+            if c is None
+            else torch.addmm(next(rest), next(rest), next(rest))
+            for _, _, c in cases
+        ]
+
+    given = [each for a, b, c in cases for each in ((a, b) if c is None else (c, a, b))]
+    trace = make_fx(multiplied, decomposition_table=products.fast_products(), tracing_mode="fake")
+    graph = trace(*given)
+    operation = torch.ops.pyro_vae.onednn_product.default
+    assert sum(node.target is operation for node in graph.graph.nodes) == len(cases)
+    # Its cache knows the graph and not how an operation is lowered.
+    options = {"cpp_wrapper": True, "fx_graph_cache": False}
+    run = inductor.compile(graph, given, options)
+    with torch.profiler.profile() as seen:
+        found = run(*given)
+    for product, case in zip(found, cases, strict=True):
+        check(product, *case)
+    names = {each.name for each in seen.events()}
+    assert ("pyro_vae::onednn_product" in names) is (by == "Python")
+
+
+@onednn
 def test_a_product_is_an_operation_that_torch_can_trace():
     a, b = torch.randn(30, 20), torch.randn(10, 20).t()
     for bias in (None, torch.randn(10)):
-        torch.library.opcheck(torch.ops.pyro_vae.product.default, (a, b, bias))
+        torch.library.opcheck(torch.ops.pyro_vae.onednn_product.default, (a, b, bias))
 
 
 @onednn
@@ -124,7 +165,7 @@ def test_what_is_small_or_of_other_numbers_is_left_to_torch():
 
 
 def large():
-    """784-400-20, whose five large products have 40 million multiplications each."""
+    """784-400-20: five products of 40 million multiplications, and three of 2 that are wide."""
     torch.manual_seed(0)
     likelihood = likelihoods.Bernoulli(MLP(20, [400], (1, 28, 28)))
     posterior = posteriors.Normal(MLP((1, 28, 28), [400], (2, 20)))
@@ -158,7 +199,7 @@ def test_a_compiled_step_has_its_large_products_from_there(monkeypatch):
         svi.loss_and_grads(x)
         assert svi.mode == mode
         gradients[mode] = [each.grad for each in pair.parameters()]
-    assert sum(seen) == 5
+    assert sum(seen) == 8
     assert len(seen) == 11
     for one, other in zip(gradients["compiled"], gradients["eager"], strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
@@ -168,6 +209,7 @@ CHURN = """
 import resource, torch
 from pyro import distributions, sample
 from pyro.infer import Trace_ELBO
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import SGD
 from pyro_vae import CompiledSVI
 
