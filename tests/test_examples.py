@@ -270,11 +270,22 @@ def test_the_report_reckons_ratios_and_lines(benchmarks):
 
     rows = {"floor": row(2, 1, 1, 1), "pyro_vae": row(3, 1, 100, 9), "pythae": row(9, 4, 50, 1)}
     rows["floor"]["epochs"] = []
+    blocks = iter([1.0, 2.0])  # of 500 steps, around an epoch of one second
+    asked = []
+
+    def process(request, *arguments):
+        asked.append((request, *arguments))
+        return 1.0 if request == "epoch" else next(blocks)
+
+    seconds, to_steps = speed.beside_steps(process, {**rows["pyro_vae"], "count": 500})
+    assert asked == [("timed", 500), ("epoch",), ("timed", 500)]
+    assert seconds == 1.0
+    rows["pyro_vae"]["to_steps"] = [to_steps]
     results = {"sizes": {"784-400-20": rows}}
     kept = dict(
         line.strip("| ").split(" | ", 1) for line in speed.promises(results).splitlines()[2:]
     )
-    # 600 steps of 3 ms are 1.8 s; 30,000 images in 1 s are 60,000 in 2 s.
+    # 300 steps of 3 ms are .9 s.
     assert kept == {
         "step, to the floor": "1.50 | 1.4 | NO",
         "epoch, to pythae": "0.25 | 0.6 | yes",

@@ -168,12 +168,25 @@ def measure(cases, options):
                 count = rows[label]["count"]
                 rows[label]["steps"].append(1e3 * process("timed", count) / count)
             for label, process in processes.items() if index < options.epochs else ():
-                seconds = process("epoch")
+                if process.name == OURS:
+                    seconds, to_steps = beside_steps(process, rows[label])
+                    rows[label]["to_steps"].append(to_steps)
+                else:
+                    seconds = process("epoch")
                 if seconds is not None:
                     rows[label]["epochs"].append(seconds)
         for label, process in processes.items():
             rows[label]["memory"] = process("memory")
     return rows
+
+
+def beside_steps(process, row):
+    """Seconds of an epoch, and its ratio to as many bare steps, just before and after it."""
+    before = process("timed", row["count"])
+    seconds = process("epoch")
+    after = process("timed", row["count"])
+    bare = (before + after) / 2 / row["count"]
+    return seconds, seconds / (math.ceil(row["rows"] / row["batch"]) * bare)
 
 
 def begin(process, options):
@@ -192,6 +205,7 @@ def begin(process, options):
         "count": max(round(options.seconds / once), 10),
         "steps": [],
         "epochs": [],
+        "to_steps": [],
     }
 
 
@@ -262,11 +276,8 @@ def promises(results):
         add(what, ratio(sizes.get(size, {}), OURS, other, kind), most)
     ours = sizes.get("784-400-20", {}).get(OURS)
     if ours and device == "cpu":
-        if ours["epochs"]:
-            steps = math.ceil(ours["rows"] / ours["batch"])
-            pairs = zip(ours["epochs"], ours["steps"], strict=False)
-            bare = [1e3 * epoch / (steps * step) for epoch, step in pairs]
-            add("epoch, to our own bare steps", statistics.median(bare), 1.05)
+        if ours.get("to_steps"):
+            add("epoch, to our own bare steps", statistics.median(ours["to_steps"]), 1.05)
         for how, times in ours["start"].items():
             add(f"start-up, {how}", times["stepped"], {"cold": 15, "warm": 5}[how], " s")
     return "\n".join(lines) if len(lines) > 2 else ""
