@@ -56,7 +56,7 @@ def fast_products() -> dict[Any, Callable[..., Any]]:
 def _lower() -> None:
     """Let compiled graphs call oneDNN from C++ where inductor has the means, which are its own.
 
-    By way of Python a product takes 30 microseconds more, as many as some have to do.
+    By way of Python a product takes tens of microseconds more, as long as some take themselves.
     """
     from torch._inductor import lowering
 
