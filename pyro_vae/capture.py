@@ -166,7 +166,7 @@ def keep_freed_memory() -> None:
 
     GNU's gives the top of its heap back to the system from twice the largest block on that it
     has seen freed. A step frees its gradients and more, megabytes, and asking for them again page
-    by page can take a third of it. So it is shown a block of nearly the 32 MiB that it heeds, of
+    by page can take half of it. So it is shown a block of nearly the 32 MiB that it heeds, of
     which no page is used. Where one is in the heap already, there is room for a step.
     """
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")

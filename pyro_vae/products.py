@@ -2,7 +2,7 @@
 
 torch multiplies matrices of 32-bit floats by MKL, which keeps to vectors of 256 bits where the
 processor is not Intel's. oneDNN, which torch convolves with, uses all 512 bits of an AMD
-processor that has AVX-512: on a Zen 5 it takes between half and three quarters of the time.
+processor that has AVX-512: on a Zen 5 large products take about half of the time.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def fast_products() -> dict[Any, Callable[..., Any]]:
 def _lower() -> None:
     """Let compiled graphs call oneDNN from C++.
 
-    By way of Python each call takes 20 to 40 microseconds more, and the smallest of these products
-    take no longer themselves: where a version of inductor is made otherwise, torch's are called.
+    A call by way of Python takes as long as the smallest of these products: where a version of
+    inductor is made otherwise, torch's own are called.
     """
     from torch._inductor import lowering
 

@@ -175,13 +175,14 @@ def benchmarks(monkeypatch):
 
 
 def test_the_speed_benchmark_runs_for_a_moment(tmp_path):
-    trained = ["Pyro", "pytorch/examples"]
+    trained = ["pyro_vae", "Pyro", "pytorch/examples"]
     options = ["--small", "--sizes", "784-400-20", "--out", str(tmp_path)]
     output = run("benchmarks/speed.py", tmp_path, *options, "--contenders", "floor", *trained)
     rows = json.loads((tmp_path / "speed.json").read_text())["sizes"]["784-400-20"]
     assert list(rows) == ["floor", *trained]
     for name in trained:
         assert len(rows[name]["epochs"]) == 1
+        assert len(rows[name]["to_steps"]) == (name == "pyro_vae")
         # Random images are coins: nobody codes them in less than log 2 a pixel.
         assert 784 * math.log(2) - 1 < rows[name]["loss"] < 784 * math.log(2) + 20
     assert (tmp_path / "speed.png").exists()

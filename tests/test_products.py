@@ -1,4 +1,4 @@
-"""Large products by oneDNN against those in 64 bits, and the pages that a step asks for."""
+"""Products by oneDNN against those in 64 bits, and the pages that a step asks for."""
 
 import os
 import platform
